@@ -1,0 +1,52 @@
+# Every target runs in a virtual environment of its own, made on first use and again when the requirements change.
+
+PYTHON ?= python3
+VENV ?= .venv
+# What `make demo` and `make bench` run: arguments for python, from the top of the repository.
+DEMO ?= examples/train_lm.py --strategy accel_zero2 --devices 2
+BENCH ?= -m benchmarks
+
+BIN := $(VENV)/bin
+INSTALLED := $(VENV)/.installed
+# mypy knows nothing of package-dir: this link gives it strategies/ under the name it is imported by.
+MYPY_LINK := .mypy_path/lightning_accel/strategies
+
+.DEFAULT_GOAL := help
+.PHONY: help venv demo test matrix lint bench clean
+
+help: ## list these targets
+	@awk -F ':.*## ' '/^[a-z]+:.*## / {printf "make %-8s %s\n", $$1, $$2}' $(firstword $(MAKEFILE_LIST))
+
+venv: $(INSTALLED) ## create the environment (.venv): pinned requirements and this project
+
+$(INSTALLED): requirements-dev.txt pyproject.toml
+	@echo "Installing requirements-dev.txt into $(VENV): some minutes the first time."
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --requirement requirements-dev.txt
+	$(BIN)/python -m pip install --quiet --no-deps --no-build-isolation --editable .
+	@touch $@
+
+demo: $(INSTALLED) ## train a small language model with accel_zero2 on two processes
+	$(BIN)/python $(DEMO)
+
+test: $(INSTALLED) ## run the tests, without the slow matrices
+	$(BIN)/python -m pytest
+
+matrix: $(INSTALLED) ## run the slow matrices of settings
+	$(BIN)/python -m pytest -m matrix
+
+lint: $(INSTALLED) $(MYPY_LINK) ## ruff check, ruff format --check and mypy
+	$(BIN)/ruff check
+	$(BIN)/ruff format --check
+	$(BIN)/mypy
+
+$(MYPY_LINK):
+	@mkdir -p $(@D)
+	@ln -s ../../strategies $@
+
+bench: $(INSTALLED) ## run the benchmarks
+	$(BIN)/python $(BENCH)
+
+clean: ## remove what builds and tools leave behind, but not the environment
+	rm -rf build dist *.egg-info .mypy_path .mypy_cache .ruff_cache .pytest_cache .hypothesis
+	find $(wildcard lightning_accel strategies tests examples benchmarks) -name __pycache__ -prune -exec rm -rf {} +

@@ -1,0 +1,39 @@
+"""Our engine, without Lightning."""
+
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any
+
+from torch import Tensor
+
+from benchmarks.models import build_optimizer
+from benchmarks.peers.base import Peer
+from lightning_accel.core import Engine
+
+
+class AccelEngine(Peer):
+    """One row of the placement table."""
+
+    def wrap(self) -> None:
+        """The module stays what it is; the engine hangs on it."""
+        self.model = self.module
+        self.optimizer = build_optimizer(self.module.parameters(), self.config)
+        self.engine = Engine(self.module, self.arguments["row"])
+        self.engine.add_optimizer(self.optimizer)
+        self.engine.build()
+
+    def micro_batch(self, is_last: bool) -> AbstractContextManager[Any]:
+        """The engine's ``no_sync`` for all micro-batches but the last; rows with sharded gradients reduce anyway."""
+        return nullcontext() if is_last else self.engine.no_sync()
+
+    def backward(self, loss: Tensor) -> None:
+        """The engine's backward, which starts the communication."""
+        self.engine.backward(loss)
+
+    def own_report(self) -> dict[str, Any] | None:
+        """The engine's own figures."""
+        return self.engine.report().to_dict()
+
+    def teardown(self) -> None:
+        """Take the engine off the module."""
+        self.engine.close()
+        super().teardown()

@@ -1,0 +1,130 @@
+"""What a peer is: something that trains the benchmark's model, one optimizer step at a time."""
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any
+
+from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
+from torch.optim import Optimizer
+
+from benchmarks.config import Config
+from benchmarks.measure import Probe, census
+from benchmarks.models import Tokens, build_model
+
+
+class Peer(ABC):
+    """One way of training, driven from one process per rank.
+
+    A subclass sets `model` (what is called with the tokens) and `optimizer` in `wrap`; the loop is shared, so that
+    all peers are timed around the same lines.
+    """
+
+    config: Config
+    tokens: Tokens
+    module: nn.Module
+    """The bare module, whose parameters are the ones that are trained."""
+    model: Callable[[Tensor], Tensor]
+    optimizer: Optimizer
+
+    def __init__(self, **arguments: Any) -> None:
+        self.arguments = arguments
+        self.history: list[list[float]] = [[]]
+        """This rank's losses in nats, all steps from the initial weights on; a list more for each new start."""
+
+    def setup(self, config: Config) -> None:
+        """Build everything up to the first step."""
+        self.config = config
+        self.tokens = Tokens(config)
+        self.module = build_model(config)
+        self.wrap()
+
+    @abstractmethod
+    def wrap(self) -> None:
+        """Make `model` and `optimizer` out of `module`, as a user of this peer would."""
+
+    def micro_batch(self, is_last: bool) -> AbstractContextManager[Any]:
+        """Entered around each micro-batch; the peer's own way not to communicate before the last one, if it has any."""
+        return nullcontext()
+
+    def backward(self, loss: Tensor) -> None:
+        """Accumulate the gradients of `loss`, a scalar."""
+        loss.backward()
+
+    def micro_batches(self, step: int) -> list[Tensor]:
+        """The token tensors that this rank trains on in optimizer step `step`."""
+        return self.tokens.of_rank(step)
+
+    def step(self) -> float:
+        """Train one optimizer step; return this rank's mean loss in nats."""
+        losses = self.history[-1]
+        batches = self.micro_batches(len(losses))
+        self.optimizer.zero_grad()
+        total = 0.0
+        for index, batch in enumerate(batches):
+            with self.micro_batch(is_last=index == len(batches) - 1):
+                loss = self.model(batch) / len(batches)
+                self.backward(loss)
+            total += loss.item()
+        self.optimizer.step()
+        losses.append(total)
+        return total
+
+    def run(self, steps: int, probe: Probe | None = None) -> None:
+        """Train one lead-in step and then `steps` more with `probe` held around them.
+
+        The lead-in step puts the peer into its steady state: one that leaves communication in flight at the end of a
+        step (and waits for it in the next) then pays for as many of them inside the window as it starts there.
+        """
+        self.step()
+        with probe or nullcontext():
+            for _ in range(steps):
+                self.step()
+
+    def report(self) -> dict[str, int]:
+        """The bytes that this rank holds when an update is due, by kind; trains one step to find out."""
+        found: dict[str, int] = {}
+
+        def look(*_: Any) -> None:
+            found.update(self.count())
+
+        # While the step runs, and not before, an optimizer on shards shows the shards.
+        handle = self.optimizers()[0].register_step_pre_hook(look)
+        self.step()
+        handle.remove()
+        return found
+
+    def count(self) -> dict[str, int]:
+        """The bytes held right now, by kind."""
+        return census(
+            module=self.module,
+            optimizers=self.optimizers(),
+            ignore=[self.tokens.bank],
+            unseen=self.unseen(),
+        )
+
+    def optimizers(self) -> list[Optimizer]:
+        """The torch optimizers that hold the state of this rank, under whatever wraps them."""
+        return [self.optimizer]
+
+    def unseen(self) -> int:
+        """Bytes this peer is known to hold where no Python object shows them."""
+        return 0
+
+    def own_report(self) -> dict[str, Any] | None:
+        """What the peer says of itself, recorded beside what is measured."""
+        return None
+
+    def teardown(self) -> None:
+        """Let go of everything."""
+        del self.model, self.optimizer, self.module
+
+
+def bucket_bytes(model: DistributedDataParallel) -> int:
+    """The bytes of DDP's reduction buckets; they live in C++, so this is DDP's own record of them."""
+    if model.gradient_as_bucket_view:
+        return 0  # the gradients are the buckets, and are counted as gradients
+    record = model._get_ddp_logging_data()
+    sizes = record.get("rebuilt_bucket_sizes") or record["bucket_sizes"]
+    return sum(int(size) for size in str(sizes).split(","))

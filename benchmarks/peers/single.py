@@ -1,0 +1,23 @@
+"""One process, no communication."""
+
+from torch import Tensor
+
+from benchmarks.models import build_optimizer
+from benchmarks.peers.base import Peer
+
+
+class Single(Peer):
+    """The computation alone; it runs on every rank at once, so that the machine is as loaded as with the others."""
+
+    def wrap(self) -> None:
+        """The module as it is."""
+        self.model = self.module
+        self.optimizer = build_optimizer(self.module.parameters(), self.config)
+
+
+class Oracle(Single):
+    """One process that sees the tokens of all ranks: what every data-parallel peer has to be equal to."""
+
+    def micro_batches(self, step: int) -> list[Tensor]:
+        """The micro-batches of all ranks, joined."""
+        return self.tokens.of_all_ranks(step)

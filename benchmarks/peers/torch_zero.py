@@ -1,0 +1,29 @@
+"""torch's ZeroRedundancyOptimizer, its ZeRO-1."""
+
+import torch
+from torch.distributed.optim import ZeroRedundancyOptimizer
+from torch.nn.parallel import DistributedDataParallel
+from torch.optim import Optimizer
+
+from benchmarks.peers.torch_ddp import TorchDDP
+
+
+class TorchZeRO(TorchDDP):
+    """DDP whose optimizer state is cut by whole parameters; each rank broadcasts the ones it has updated."""
+
+    optimizer: ZeroRedundancyOptimizer
+
+    def wrap(self) -> None:
+        """DDP, and the optimizer's class in place of the optimizer."""
+        self.model = self.ddp = DistributedDataParallel(self.module)
+        self.optimizer = ZeroRedundancyOptimizer(
+            self.module.parameters(),
+            optimizer_class=torch.optim.AdamW,
+            lr=self.config.learning_rate,
+            eps=self.config.epsilon,
+            fused=True,
+        )
+
+    def optimizers(self) -> list[Optimizer]:
+        """The inner optimizer, which holds this rank's part of the state."""
+        return [self.optimizer.optim]

@@ -1,0 +1,133 @@
+"""Lightning's whole Trainer with one of its strategies, or with one of ours."""
+
+import gc
+from importlib import import_module
+from typing import Any, cast
+
+import lightning
+from lightning.pytorch.callbacks import Callback
+from torch import Tensor
+from torch.nn.parallel import DistributedDataParallel
+from torch.optim import Optimizer
+from torch.utils.data import DataLoader
+
+from benchmarks.config import Config
+from benchmarks.measure import Probe
+from benchmarks.models import Tokens, build_model, build_optimizer
+from benchmarks.peers.base import Peer, bucket_bytes
+
+
+class TrainerPeer(Peer):
+    """``Trainer(strategy=...).fit`` inside the ranks that the benchmark has started.
+
+    The Trainer's loop cannot be stopped between two steps and resumed, so each `run` is a whole ``fit`` from the
+    initial weights, with the probe held from the start of its first step after the warm-up to the end of its last one.
+    """
+
+    def __init__(self, strategy: str) -> None:
+        super().__init__(strategy=strategy)
+        if strategy.startswith("accel"):
+            import_module("lightning_accel")  # registers the name; here, so that it is no part of the peer's memory
+
+    def setup(self, config: Config) -> None:
+        """Only the tokens: each fit builds and wraps a model of its own."""
+        self.config = config
+        self.tokens = Tokens(config)
+        self.history = []
+        self.found: dict[str, int] = {}
+
+    def wrap(self) -> None:
+        """The model of the next fit; the Trainer wraps it."""
+        self.module = build_model(self.config)
+        self.bare_optimizer = build_optimizer(self.module.parameters(), self.config)
+
+    def run(self, steps: int, probe: Probe | None = None) -> None:
+        """Fit the warm-up steps, then `steps` more with `probe` held around them."""
+        self._fit(steps, probe, count=False)
+
+    def report(self) -> dict[str, int]:
+        """The bytes that this rank holds when an update is due, by kind; fits one more time to find out."""
+        self._fit(1, None, count=True)
+        return self.found
+
+    def teardown(self) -> None:
+        """Nothing: a fit leaves nothing behind."""
+
+    def optimizers(self) -> list[Optimizer]:
+        """The optimizer of the fit that runs."""
+        return [self.bare_optimizer]
+
+    def unseen(self) -> int:
+        """DDP's reduction buckets, where the strategy has wrapped the module in DDP."""
+        model = self.trainer.strategy.model
+        return bucket_bytes(model) if isinstance(model, DistributedDataParallel) else 0
+
+    def _fit(self, steps: int, probe: Probe | None, count: bool) -> None:
+        config = self.config
+        self.wrap()
+        task = _Task(self.module, self.bare_optimizer)
+        last = config.warmup + steps - 1
+        callback = _Around(self, probe, config.warmup * config.accumulate, (last + 1) * config.accumulate - 1, count)
+        self.trainer = lightning.Trainer(
+            accelerator="cpu",
+            devices=config.ranks,
+            strategy=self.arguments["strategy"],
+            max_steps=last + 1,
+            accumulate_grad_batches=config.accumulate,
+            callbacks=[callback],
+            logger=False,
+            enable_checkpointing=False,
+            enable_progress_bar=False,
+            enable_model_summary=False,
+            use_distributed_sampler=False,  # the batches are this rank's already
+        )
+        batches = [batch for step in range(last + 1) for batch in self.tokens.of_rank(step)]
+        # A bare list would be taken for a list of loaders.
+        self.trainer.fit(task, train_dataloaders=DataLoader(cast(Any, batches), batch_size=None))
+        of_step = [task.losses[i : i + config.accumulate] for i in range(0, len(task.losses), config.accumulate)]
+        self.history.append([sum(losses) / len(losses) for losses in of_step])
+        # The model of this fit sits in reference cycles; it must not be there beside that of the next one.
+        del self.module, self.bare_optimizer, self.trainer, task, callback
+        gc.collect()
+
+
+class _Task(lightning.LightningModule):
+    """The benchmark's model as a LightningModule."""
+
+    def __init__(self, gpt: Any, optimizer: Optimizer) -> None:
+        super().__init__()
+        self.gpt = gpt
+        self.bare_optimizer = optimizer
+        self.losses: list[float] = []
+
+    def training_step(self, batch: Tensor, batch_idx: int) -> Tensor:
+        """The loss of one micro-batch."""
+        loss: Tensor = self.gpt(batch)
+        self.losses.append(loss.item())
+        return loss
+
+    def configure_optimizers(self) -> Optimizer:
+        """The optimizer that every peer runs."""
+        return self.bare_optimizer
+
+
+class _Around(Callback):
+    """Enters the probe at the start of micro-batch `first` and leaves it at the end of micro-batch `last`."""
+
+    def __init__(self, peer: TrainerPeer, probe: Probe | None, first: int, last: int, count: bool) -> None:
+        self.peer, self.probe, self.first, self.last, self.count = peer, probe, first, last, count
+
+    def on_train_batch_start(self, trainer: Any, pl_module: Any, batch: Any, batch_idx: int) -> None:
+        """Enter the probe."""
+        if self.probe is not None and batch_idx == self.first:
+            self.probe.__enter__()
+
+    def on_before_optimizer_step(self, trainer: Any, pl_module: Any, optimizer: Any) -> None:
+        """Count the bytes; Lightning runs backward inside ``optimizer.step``, so torch's own hook comes too early."""
+        if self.count and trainer.global_step == trainer.max_steps - 1:
+            self.peer.found = self.peer.count()
+
+    def on_train_batch_end(self, trainer: Any, pl_module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
+        """Leave the probe."""
+        if self.probe is not None and batch_idx == self.last:
+            self.probe.__exit__(None, None, None)

@@ -1,0 +1,14 @@
+"""Distributed training for PyTorch Lightning: one engine, many strategies.
+
+Importing this package registers the ``accel_*`` strategies with Lightning's Trainer and Fabric.
+"""
+
+from importlib.util import find_spec
+
+__version__ = "0.1.0"
+
+# The engine itself needs torch alone.
+if find_spec("lightning") is not None:
+    from lightning_accel.strategies import register
+
+    register()

@@ -1,0 +1,491 @@
+"""The schedule: what is reduced and gathered, and when.
+
+One training step of a row, with units u2, u1, u0 in launch order (the order in which backward completes them)::
+
+    forward    wait for each unit's gather at the first touch of a parameter
+    backward   gradients of u2 arrive -> reduce u2 -> ... u1 ... u0       (overlaps with the rest of backward)
+    agree      which parameters did any rank use? which gradients came late, which buffers changed?
+    step       the user's optimizer on this rank's segments               (core/optimizer.py)
+    gather     u0, u1, u2 start; nobody waits                             (rows whose optimizer state rests sharded)
+
+[Note: fixed order]
+All ranks launch the same reductions in one order: reverse registration order at first, then the order in which rank 0
+completed units in its first reducing backward. A unit that is ready early waits for its turn. One that is not ready at
+the end of backward (unused parameters, or fewer gradients than last time) is launched then, with zeros for what this
+rank does not contribute. No rank waits for a message before it has launched everything, or a rank that waits for data
+in the middle of backward could wait for one that waits for it. Units in which nothing requires a gradient (another
+optimizer is toggled on) are left out; the ranks check that they agree on which, by a message that is under way during
+backward and looked at before anything is waited for.
+
+[Note: unused parameters]
+A parameter that no rank used keeps ``grad is None``: the optimizer does not touch it, weight decay and momentum
+included, as on a single device. A parameter that some rank used gets the mean over all ranks. The flags are one small
+message on the host at the end of each reducing backward.
+
+[Note: late gradients]
+Readiness is a count of gradient arrivals: reentrant checkpointing delivers a parameter's gradient in several parts. How
+many to expect is learned from the last backward. One that arrives after its unit was launched is kept aside, and the
+ranks agree on one more reduction for that unit.
+"""
+
+from __future__ import annotations
+
+import atexit
+import contextlib
+import weakref
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+from lightning_accel.core.access import Access
+from lightning_accel.core.agreement import BufferVersions, broadcast_tensors, synchronise
+from lightning_accel.core.clipping import clip_grad_norm, clip_grad_value
+from lightning_accel.core.collectives import Agreement, Collectives
+from lightning_accel.core.memory import keep_freed_memory
+from lightning_accel.core.optimizer import EngineOptimizer
+from lightning_accel.core.partition import Units, find_blocks
+from lightning_accel.core.placement import Rest, Row, find_row
+from lightning_accel.core.pool import BufferPool
+from lightning_accel.core.report import Report, StepCounts, measure
+from lightning_accel.core.roster import Roster
+from lightning_accel.core.structure import Structure
+from lightning_accel.core.unit import Unit
+
+_IN_FLIGHT = 2
+"""Reductions under way at once in rows that borrow gradient buffers, to bound that memory: one more unit's launch waits
+for the oldest, which has had the backward of two units to complete."""
+
+
+class Engine:
+    """Trains one module on all ranks of a process group.
+
+    Args:
+        module: The model, on its device, with the same structure on every rank. Its parameters stay the same objects;
+            their memory becomes the engine's, and rank 0's values are what all ranks train.
+        row: The placement row, or its name (``"ddp"``, ``"zero1"``, ``"zero2"``).
+        units: Names or classes of modules whose parameters are reduced and gathered together. Default: the members of
+            the model's repeated block class.
+        bucket_cap_mb: Neighbouring units are joined up to this size, in MiB.
+        group: The process group; the default one if not given.
+
+    Raises:
+        ValueError: If the row or a unit does not exist, a parameter has no values yet, or the ranks' models differ.
+        RuntimeError: If torch.distributed is not initialised.
+
+    Example::
+
+        engine = Engine(module, "zero2")
+        engine.add_optimizer(optimizer)
+        for batch in batches:
+            optimizer.zero_grad()
+            engine.backward(module(batch))
+            engine.clip_grad_norm_(optimizer, 1.0)
+            optimizer.step()
+
+    """
+
+    def __init__(
+        self,
+        module: nn.Module,
+        row: Row | str,
+        *,
+        units: Units | None = None,
+        bucket_cap_mb: float = 25.0,
+        group: dist.ProcessGroup | None = None,
+    ) -> None:
+        if not bucket_cap_mb > 0:
+            raise ValueError(f"Expected bucket_cap_mb to be positive, got {bucket_cap_mb}.")
+        self.row = row if isinstance(row, Row) else find_row(row)
+        self.module = module
+        self.collectives: Collectives = synchronise(module, group)
+        if self.collectives.device.type == "cpu":
+            keep_freed_memory()
+        self.blocks = find_blocks(module, units)
+        """The modules that form units, by name."""
+
+        self.optimizers: list[EngineOptimizer] = []
+        self._structure = Structure(module)
+        self._buffers = BufferVersions(module)
+        self._pool = BufferPool()
+        self._roster = Roster(self.row, self.blocks, int(bucket_cap_mb * 2**20), self.collectives, self._pool)
+        self._access = Access()
+        self._gathers: dict[Unit, Callable[[], None]] = {}
+        self._hooks: dict[nn.Parameter, Any] = {}
+        self._counts = StepCounts()
+        self._stale = True  # units do not match the optimizers, or what is trainable
+        self._closed = False
+        self._broken = False
+        self._synchronise = True
+        self._in_backward = False
+        self._reducing = False
+        self._active: list[Unit] = []  # what this backward reduces, in launch order
+        self._next = 0  # position in ``_active`` of the next launch
+        self._pattern: Agreement | None = None
+        self._in_flight: list[Unit] = []
+        self._completed: list[Unit] | None = []  # to learn the launch order from
+        # Whoever exits first must not leave its peers waiting for a message that was never sent.
+        atexit.register(_wait_if_alive, weakref.ref(self))
+
+    # ------------------------------------------------------------------ set-up
+
+    @property
+    def names(self) -> dict[nn.Parameter, str]:
+        """The name of each parameter of the module."""
+        return self._structure.names
+
+    @property
+    def units(self) -> list[Unit]:
+        """The units, in launch order."""
+        return self._roster.units
+
+    def units_of(self, optimizer: EngineOptimizer) -> list[Unit]:
+        """The units whose parameters an optimizer updates, in the order in which forward uses them."""
+        return [unit for unit in reversed(self.units) if self._roster.owner[unit] is optimizer]
+
+    def add_optimizer(self, optimizer: Optimizer) -> EngineOptimizer:
+        """Have ``optimizer.step`` update this rank's part of the parameters.
+
+        The optimizer is changed in place: its ``step``, ``state_dict``, ``load_state_dict`` and ``add_param_group``
+        become the engine's. ``param_groups`` go on showing the module's parameters.
+
+        Raises:
+            ValueError: If it holds parameters that are not the module's or that another optimizer holds, or if it
+                cannot work on a part of the parameters.
+
+        """
+        self._require_open()
+        added = EngineOptimizer(self, optimizer)
+        self.optimizers.append(added)
+        self.mark_stale()
+        return added
+
+    def find_optimizer(self, optimizer: Optimizer) -> EngineOptimizer:
+        """The engine's side of an optimizer that was added.
+
+        Raises:
+            ValueError: If it was not added.
+
+        """
+        for added in self.optimizers:
+            if added.optimizer is optimizer:
+                return added
+        raise ValueError(
+            f"Expected an optimizer that was given to this engine, got another {type(optimizer).__name__}. Call"
+            " engine.add_optimizer(optimizer) first (Trainer and Fabric do so in setup)."
+        )
+
+    def mark_stale(self) -> None:
+        """Have the units laid out anew before they are used next."""
+        self._stale = True
+
+    def build(self) -> None:
+        """Lay trainable parameters out in units. Happens by itself when needed; all ranks must get here together.
+
+        Units that belong to an optimizer stay. Other trainable parameters, among them those that were thawed or came
+        in a new parameter group since the last time, are laid out anew.
+        """
+        if not self._stale:
+            return
+        self._require_open()
+        assert not self._in_backward
+        self.wait()
+        self._roster.rebuild(self.names, self.optimizers)
+        self._stale = False
+        self._completed = []
+        for optimizer in self.optimizers:
+            optimizer.lay_out()
+        current = self._roster.places
+        for parameter in [p for p in self._hooks if p not in current]:
+            self._hooks.pop(parameter).remove()
+        for parameter in current:
+            if parameter not in self._hooks:
+                self._hooks[parameter] = parameter.register_post_accumulate_grad_hook(  # type: ignore[no-untyped-call]
+                    self._on_gradient
+                )
+        self._holders = {
+            unit: list({id(m): m for p in unit.parameters for m in self._structure.holders(p)}.values())
+            for unit in self.units
+        }
+
+    def close(self, *, abandon: bool = False) -> None:
+        """Finish what is under way and give the module its parameters' memory back. Optimizers can still save.
+
+        Args:
+            abandon: Do not wait for other ranks, because one of them has failed.
+
+        """
+        if self._closed:
+            return
+        if abandon:
+            self._access.open_all()
+            self._gathers.clear()
+        self.wait()
+        for hook in self._hooks.values():
+            hook.remove()
+        self._hooks.clear()
+        for unit in self.units:
+            unit.release()
+        for optimizer in self.optimizers:
+            optimizer.release()
+        self._pool.clear()
+        self._closed = True
+
+    def _require_open(self) -> None:
+        if self._closed:
+            raise RuntimeError("Expected an open engine; this one was closed. Set the model up again to train on.")
+        if self._broken:
+            raise RuntimeError(
+                "Expected every backward to end, but one was cut short by an exception: gradients are incomplete and"
+                " other ranks may be ahead. Restart from a checkpoint."
+            )
+
+    # ----------------------------------------------------------------- forward
+
+    def before_forward(self, *, compiled: bool = False) -> None:
+        """Call before each forward of the module.
+
+        Args:
+            compiled: Wait for all parameters now, because the forward is compiled and does not look them up.
+
+        Raises:
+            RuntimeError: If parameters were added, replaced or moved since set-up.
+
+        """
+        self._require_open()
+        self._structure.require_unchanged(self._roster.views)
+        for optimizer in self.optimizers:
+            optimizer.refresh()
+        if not self._stale and any(p.requires_grad for p in self._roster.frozen):
+            self._stale = True
+        if self._stale:
+            self.build()
+        if compiled:
+            self.wait()
+
+    def wait(self) -> None:
+        """Wait until all parameters have the values of the last optimizer step."""
+        for wait in list(self._gathers.values()):
+            wait()
+
+    # ---------------------------------------------------------------- backward
+
+    def backward(self, loss: Tensor, **kwargs: Any) -> None:
+        """``loss.backward(**kwargs)``, with gradients reduced as the row says.
+
+        Args:
+            loss: This rank's loss. Gradients are averaged over ranks.
+            kwargs: As for ``Tensor.backward``.
+
+        """
+        with self.backward_context():
+            loss.backward(**kwargs)  # type: ignore[no-untyped-call]
+
+    @contextmanager
+    def backward_context(self) -> Iterator[None]:
+        """Within it, gradients may arrive. All ranks must enter and leave it together, once for each backward."""
+        self._require_open()
+        assert not self._in_backward, "backward within backward"
+        self.build()
+        for unit in self.units:
+            unit.hide()
+        self._in_backward = True
+        self._reducing = self._synchronise or self.row.accumulating is Rest.SHARDED
+        if self._reducing and self.units:
+            active = [any(p.requires_grad for p in unit.parameters) for unit in self.units]
+            self._active = [unit for unit, flag in zip(self.units, active, strict=True) if flag]
+            self._next = 0
+            self._pattern = self.collectives.start_agreement(active)
+        try:
+            yield
+            if self._reducing and self.units:
+                self._finish_reducing()
+            for unit in self.units:
+                unit.learn()
+                unit.show()
+        except BaseException:
+            self._broken = True
+            raise
+        finally:
+            self._in_backward = False
+
+    @contextmanager
+    def no_sync(self) -> Iterator[None]:
+        """Within it, rows whose gradients accumulate on each rank send nothing; others reduce each backward anyway."""
+        before, self._synchronise = self._synchronise, False
+        try:
+            yield
+        finally:
+            self._synchronise = before
+
+    @torch.no_grad()
+    def _on_gradient(self, parameter: nn.Parameter) -> None:
+        gradient, parameter.grad = parameter.grad, None
+        assert gradient is not None
+        unit, position = self._roster.places[parameter]
+        if not self._in_backward:
+            raise RuntimeError(
+                f"A gradient of {unit.names[position]!r} arrived outside of the engine's backward: it would not be"
+                " reduced over the ranks. Instead of loss.backward() use self.manual_backward(loss) in a"
+                " LightningModule, fabric.backward(loss) with Fabric, engine.backward(loss) otherwise."
+            )
+        if gradient.layout is not torch.strided:
+            raise RuntimeError(
+                f"Expected dense gradients, got one of layout {gradient.layout} for {unit.names[position]!r}. Build the"
+                " embedding with sparse=False."
+            )
+        if unit.write(position, gradient) and self._reducing:
+            if self._completed is not None:
+                self._completed.append(unit)
+            while self._next < len(self._active) and self._active[self._next].is_ready:
+                self._launch_next()
+
+    def _launch_next(self) -> None:
+        unit = self._active[self._next]
+        self._next += 1
+        self._check_pattern()
+        if self.row.accumulating is Rest.SHARDED and len(self._in_flight) >= _IN_FLIGHT:
+            self._in_flight.pop(0).finish()
+        for earlier in self._in_flight:
+            earlier.advance()
+        unit.reduce()
+        self._in_flight.append(unit)
+
+    def _check_pattern(self) -> None:
+        """Raise if the ranks are about to reduce different units. See [Note: fixed order]."""
+        if self._pattern is None:
+            return
+        differing, self._pattern = self._pattern.differing(), None
+        if differing:
+            names = ", ".join(repr(self.units[index].name) for index in differing)
+            raise RuntimeError(
+                f"Expected the same parameters to require gradients on every rank, but the ranks differ in {names}."
+                " Set requires_grad, toggle optimizers and freeze layers in the same way on all ranks."
+            )
+
+    @torch.no_grad()
+    def _finish_reducing(self) -> None:
+        """Bring all reductions of this backward to their end and agree with the other ranks on what there is now."""
+        while self._next < len(self._active):
+            self._launch_next()
+        self._check_pattern()
+        flags = [flag for unit in self.units for flag in unit.contributes]
+        late = [unit.is_late for unit in self.units]
+        message = torch.tensor(flags + late + self._buffers.changed(), dtype=torch.uint8)
+        agreed = [bool(flag) for flag in self.collectives.agree(message).tolist()]
+        used: dict[Unit, list[bool]] = {}
+        for unit in self.units:
+            used[unit], agreed = agreed[: len(unit.parameters)], agreed[len(unit.parameters) :]
+        while self._in_flight:
+            for unit in self._in_flight:
+                unit.advance()
+            self._in_flight.pop(0).finish()
+        for unit in self._active:
+            unit.settle(used[unit])
+        late, changed = agreed[: len(self.units)], agreed[len(self.units) :]
+        for unit, is_late in zip(self.units, late, strict=True):
+            if is_late:
+                unit.reduce_late()
+        if any(changed):
+            broadcast_tensors(self._buffers.select(changed), self.collectives)
+            self._buffers.refresh()
+        if self._completed is not None and any(any(flags) for flags in used.values()):
+            self._learn_order(self._completed)
+            self._completed = None
+
+    def _learn_order(self, completed: list[Unit]) -> None:
+        """Launch in the order in which rank 0 completed units from now on. See [Note: fixed order]."""
+        position = {unit: index for index, unit in enumerate(self.units)}
+        order = self.collectives.gather_objects([position[unit] for unit in completed])[0]
+        order += [index for index in range(len(self.units)) if index not in order]
+        self._roster.units = [self.units[index] for index in order]
+
+    # -------------------------------------------------------------------- step
+
+    def before_step(self) -> None:
+        """Called by optimizers before they use gradients."""
+        self._require_open()
+        assert not self._in_backward, "optimizer step within backward"
+        for optimizer in self.optimizers:
+            optimizer.refresh()
+        self.build()
+        # An update in place must not overtake the gather of the values it starts from.
+        self.wait()
+
+    def after_step(self, optimizer: EngineOptimizer) -> None:
+        """Called by optimizers after the update: start to gather what other ranks have updated."""
+        if optimizer.sharded:
+            for unit in optimizer.used_units:
+                self._gather(unit)
+        self._counts.close_step(self)
+
+    def _gather(self, unit: Unit) -> None:
+        pending = self.collectives.all_gather(unit.flat, unit.layout)
+        holders = self._holders[unit]
+
+        def wait() -> None:
+            if self._gathers.pop(unit, None) is None:
+                return
+            self._access.open(holders, wait)
+            pending.wait()
+
+        self._gathers[unit] = wait
+        self._access.close(holders, wait)
+
+    def clip_grad_norm_(
+        self, optimizer: Optimizer, max_norm: float, norm_type: float = 2.0, error_if_nonfinite: bool = False
+    ) -> Tensor:
+        """Clip the gradients of an optimizer's parameters by their global norm, as ``torch.nn.utils.clip_grad_norm_``.
+
+        All ranks must call this together.
+
+        Args:
+            optimizer: The user's optimizer.
+            max_norm: The largest norm to leave.
+            norm_type: p of the p-norm; may be ``inf``.
+            error_if_nonfinite: Raise, on every rank, if the norm is infinite or NaN.
+
+        Returns:
+            The norm before clipping: what a single device would have found on the global batch.
+
+        """
+        added = self.find_optimizer(optimizer)
+        return clip_grad_norm(
+            added.gradients(), float(max_norm), float(norm_type), error_if_nonfinite, added.sharded, self.collectives
+        )
+
+    def clip_grad_value_(self, optimizer: Optimizer, clip_value: float) -> None:
+        """Clamp the gradients of an optimizer's parameters, as ``torch.nn.utils.clip_grad_value_``."""
+        clip_grad_value(self.find_optimizer(optimizer).gradients(), float(clip_value))
+
+    def full_gradient(self, parameter: nn.Parameter) -> Tensor | None:
+        """A copy of a parameter's whole reduced gradient, or None if it has none. All ranks must call this together.
+
+        Raises:
+            ValueError: If the parameter is not trained by this engine.
+
+        """
+        self.build()
+        if parameter not in self._roster.places:
+            raise ValueError("Expected a trainable parameter of the module, got another tensor.")
+        unit, position = self._roster.places[parameter]
+        unit.reconcile()
+        return unit.full_gradient(position)
+
+    # ------------------------------------------------------------------ report
+
+    def report(self) -> Report:
+        """Bytes at rest by kind of state, and what the last optimizer step sent, as really allocated and sent."""
+        return measure(self, self._counts, self._pool.peak_bytes)
+
+
+def _wait_if_alive(reference: weakref.ref[Engine]) -> None:
+    engine = reference()
+    if engine is not None and not engine._closed and dist.is_initialized():
+        # A peer that has failed already is no news at exit.
+        with contextlib.suppress(RuntimeError):
+            engine.wait()

@@ -1,0 +1,382 @@
+"""The user's optimizer at work on this rank's part of the parameters.
+
+[Note: param_groups]
+``optimizer.param_groups`` shows the module's own Parameters at all times but one: while ``step`` runs, the groups hold
+this rank's *segments*, plain 1-D tensors that view the flat buffers. Neighbouring parameters of one group are one
+segment, so that an optimizer has a handful of large tensors to update instead of hundreds of small ones. LR schedulers
+and everything else that edits the groups' dicts sees and changes the same dicts as ever. Optimizer state is keyed by
+the segments; ``state_dict`` and ``load_state_dict`` speak of whole parameters, see core/optimizer_state.py.
+
+[Note: whole tensors]
+Cutting a parameter is right only for optimizers that treat each element by itself. Those are listed; any other, and
+any subclass of them, gets whole tensors: its own rank's share of them where optimizer state rests sharded, all of them
+otherwise.
+"""
+
+from __future__ import annotations
+
+import functools
+import types
+import warnings
+from collections.abc import Callable, Iterator, Sequence
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+from lightning_accel.core import optimizer_state
+from lightning_accel.core.placement import Rest
+from lightning_accel.core.segment import Segment
+from lightning_accel.core.unit import Content, Unit
+
+if TYPE_CHECKING:
+    from lightning_accel.core.engine import Engine
+
+_ELEMENTWISE: set[type[Optimizer]] = {
+    torch.optim.SGD,
+    torch.optim.Adam,
+    torch.optim.AdamW,
+    torch.optim.Adagrad,
+    torch.optim.Adadelta,
+    torch.optim.Adamax,
+    torch.optim.ASGD,
+    torch.optim.NAdam,
+    torch.optim.RAdam,
+    torch.optim.RMSprop,
+    torch.optim.Rprop,
+}
+_BY_TENSOR = {name for name in ("Adafactor", "Muon") if hasattr(torch.optim, name)}
+"""Known to update each parameter from that parameter alone; others of torch.optim are not."""
+
+
+def register_elementwise(*classes: type[Optimizer]) -> None:
+    """Declare that optimizer classes treat each element by itself, so that parameters may be cut at any element.
+
+    Args:
+        classes: Optimizers whose update of an element depends on that element's value, gradient and state, and on
+            numbers that are the same for all elements, only.
+
+    """
+    _ELEMENTWISE.update(classes)
+
+
+class EngineOptimizer:
+    """The engine's side of one of the user's optimizers. Made by ``Engine.add_optimizer``.
+
+    Args:
+        engine: The engine whose parameters it updates.
+        optimizer: The user's optimizer.
+
+    """
+
+    def __init__(self, engine: Engine, optimizer: Optimizer) -> None:
+        self.engine = engine
+        self.optimizer = optimizer
+        self.sharded = engine.row.optimizer_state is Rest.SHARDED
+        self.whole = type(optimizer) not in _ELEMENTWISE
+        self.segments: list[Segment] = []
+        self._units: list[Unit] = []
+        self._require_supported()
+        self._require_owned(optimizer.param_groups)
+        self._members = self._current_members()
+        self._original_step = optimizer.step
+        self._original_state_dict = optimizer.state_dict
+        self._original_load = optimizer.load_state_dict
+        self._original_add_group = optimizer.add_param_group
+        self._install()
+        self.waiting_state: dict[nn.Parameter, dict[str, Any]] = {}
+        """State of whole parameters that are in no unit: not laid out yet, or frozen."""
+        if not self.direct:  # it may have stepped or loaded a checkpoint before
+            self.waiting_state = {p: v for p, v in optimizer.state.items() if isinstance(p, nn.Parameter)}
+            optimizer.state.clear()
+
+    @property
+    def direct(self) -> bool:
+        """Whether the optimizer simply runs on the module's parameters."""
+        return self.whole and not self.sharded
+
+    def parameters(self) -> Iterator[nn.Parameter]:
+        """All parameters of all groups."""
+        for members in self._members:
+            yield from members
+
+    def group_of(self) -> dict[nn.Parameter, int]:
+        """The parameter group of each parameter."""
+        return {parameter: index for index, members in enumerate(self._members) for parameter in members}
+
+    # ------------------------------------------------------------------ checks
+
+    def _require_supported(self) -> None:
+        kind = type(self.optimizer)
+        if isinstance(self.optimizer, torch.optim.SparseAdam):
+            raise ValueError("Expected an optimizer for dense gradients, got SparseAdam. Use Adam.")
+        if not (self.whole and self.sharded):
+            return
+        if isinstance(self.optimizer, torch.optim.LBFGS):
+            raise ValueError(
+                "Expected an optimizer that can update parameters independently of each other, got LBFGS, which needs"
+                " all of them at once. Use strategy='accel_ddp'."
+            )
+        if kind.__name__ not in _BY_TENSOR or not kind.__module__.startswith("torch.optim"):
+            warnings.warn(
+                f"{kind.__name__} is not known to lightning_accel: each rank updates its share of whole parameters."
+                " That is right if the update of a parameter depends on that parameter alone. If it treats each element"
+                " alone, lightning_accel.core.register_elementwise(...) balances it better; if it mixes parameters,"
+                " use strategy='accel_ddp'.",
+                stacklevel=2,
+            )
+
+    def _require_owned(self, groups: Sequence[dict[str, Any]]) -> None:
+        names = self.engine.names
+        mine = set(self.parameters()) if hasattr(self, "_members") else set()
+        for index, group in enumerate(groups):
+            for position, parameter in enumerate(group["params"]):
+                if parameter not in names:
+                    near = [n for p, n in names.items() if p.shape == parameter.shape]
+                    hint = f" The module's {near[0]!r} has that shape: was it replaced or copied?" if near else ""
+                    raise ValueError(
+                        f"Expected every parameter of {type(self.optimizer).__name__} to belong to the"
+                        f" {type(self.engine.module).__name__} that was set up, but parameter {position} of group"
+                        f" {index} (shape {tuple(parameter.shape)}) does not.{hint} Create the optimizer from the"
+                        " parameters of the module that is passed to setup."
+                    )
+                for other in self.engine.optimizers:
+                    if parameter in set(other.parameters()) and (other is not self or parameter in mine):
+                        raise ValueError(
+                            f"Expected each parameter in one optimizer, but {names[parameter]!r} is in a"
+                            f" {type(other.optimizer).__name__} already."
+                        )
+
+    def _current_members(self) -> list[list[nn.Parameter]]:
+        return [list(group["params"]) for group in self.optimizer.param_groups]
+
+    def refresh(self) -> None:
+        """Take note of parameters that were put into the groups by other ways than ``add_param_group``.
+
+        Raises:
+            RuntimeError: If parameters were taken out or moved to another group.
+
+        """
+        current = self._current_members()
+        if len(current) == len(self._members) and all(
+            len(now) == len(then) and all(a is b for a, b in zip(now, then, strict=True))
+            for now, then in zip(current, self._members, strict=True)
+        ):
+            return
+        then, now = self.group_of(), {p: index for index, members in enumerate(current) for p in members}
+        if any(now.get(parameter) != index for parameter, index in then.items()):
+            raise RuntimeError(
+                "Expected the optimizer's param_groups to hold the parameters they were set up with; they were changed"
+                " in place. Use optimizer.add_param_group(...), which is taken note of."
+            )
+        self._require_owned([{"params": [p for p in members if p not in then]} for members in current])
+        self._members = current
+        self.engine.mark_stale()
+
+    def _require_reduced(self) -> None:
+        for unit in self._units:
+            for position, content in enumerate(unit.content):
+                if content is Content.LOCAL:
+                    raise RuntimeError(
+                        f"Expected reduced gradients, but that of {unit.names[position]!r} was accumulated without"
+                        " synchronisation (no_sync) only. Run the last backward before optimizer.step() or clipping"
+                        " outside of no_sync."
+                    )
+
+    # ------------------------------------------------------------------ set-up
+
+    def _install(self) -> None:
+        """Make the optimizer's methods the engine's."""
+        optimizer = self.optimizer
+
+        # An LR scheduler may have wrapped ``step`` already or may do so later: both want a bound method.
+        @functools.wraps(self._original_step)
+        def step(_: Optimizer, closure: Callable[[], Any] | None = None, **kwargs: Any) -> Any:
+            return self.step(closure, **kwargs)
+
+        def add_param_group(_: Optimizer, group: dict[str, Any]) -> None:
+            self.add_param_group(group)
+
+        optimizer._engine_optimizer = self  # type: ignore[attr-defined]
+        optimizer.step = types.MethodType(step, optimizer)  # type: ignore[method-assign]
+        optimizer.add_param_group = types.MethodType(add_param_group, optimizer)  # type: ignore[method-assign]
+        if not self.direct:
+            optimizer.state_dict = self.state_dict  # type: ignore[method-assign]
+            optimizer.load_state_dict = self.load_state_dict  # type: ignore[method-assign]
+
+    def add_param_group(self, group: dict[str, Any]) -> None:
+        """As ``Optimizer.add_param_group``; the parameters must be the module's.
+
+        Raises:
+            ValueError: If a parameter is not the module's, or in an optimizer already.
+
+        """
+        given = group["params"]
+        group["params"] = [given] if isinstance(given, Tensor) else list(given)
+        self._require_owned([group])
+        self._original_add_group(group)
+        self._members = self._current_members()
+        self.engine.mark_stale()
+
+    def lay_out(self) -> None:
+        """Make segments for those of this optimizer's units that have none."""
+        self._units = self.engine.units_of(self)
+        if self.direct:
+            return
+        done = {segment.unit for segment in self.segments}
+        groups = self.group_of()
+        for unit in self._units:
+            if unit in done:
+                continue
+            pieces = unit.layout.pieces(*unit.part)
+            if self.whole:
+                added = [Segment(unit, [p], groups[unit.parameters[p.slot]], whole=True) for p in pieces]
+            else:
+                added = Segment.runs(unit, [(groups[unit.parameters[piece.slot]], piece) for piece in pieces])
+            state = {p: self.waiting_state.pop(p) for p in unit.parameters if p in self.waiting_state}
+            self.segments += optimizer_state.scatter(self, state, added)
+
+    def release(self) -> None:
+        """Free the parameters' memory that segments view. State stays."""
+        for segment in self.segments:
+            segment.tensor.data = segment.tensor.new_empty(0)
+
+    # -------------------------------------------------------------------- step
+
+    def step(self, closure: Callable[[], Any] | None = None, **kwargs: Any) -> Any:
+        """One optimizer step, as ``Optimizer.step``: returns what the closure returns.
+
+        Raises:
+            RuntimeError: If gradients were accumulated but not reduced, or the groups were changed in place.
+
+        """
+        if self.direct:
+            return self._step_direct(closure, **kwargs)
+        loss = None
+        if closure is not None:
+            with torch.enable_grad():
+                loss = closure()
+        self._prepare()
+        self._refine_segments()
+        active = [s for s in self.segments if s.unit.content[s.pieces[0].slot] is Content.REDUCED]
+        self._run(active, **kwargs)
+        self.engine.after_step(self)
+        return loss
+
+    def _step_direct(self, closure: Callable[[], Any] | None, **kwargs: Any) -> Any:
+        def checked() -> Any:
+            assert closure is not None
+            loss = closure()
+            self._prepare()
+            return loss
+
+        if closure is None:
+            self._prepare()
+            result = self._original_step(**kwargs)
+        else:
+            result = self._original_step(checked, **kwargs)
+        self.engine.after_step(self)
+        return result
+
+    def _prepare(self) -> None:
+        self.engine.before_step()
+        for unit in self._units:
+            unit.reconcile()
+        self._require_reduced()
+        if self.direct:
+            for unit in self._units:
+                unit.show()  # a gradient that was assigned by hand now lies in its slot
+
+    def _refine_segments(self) -> None:
+        """Cut segments so that each is either updated as a whole or not at all in this step."""
+        if all(content is Content.REDUCED for unit in self._units for content in unit.content):
+            return
+        refined: list[Segment] = []
+        for segment in self.segments:
+            labels = [segment.unit.content[piece.slot] is Content.REDUCED for piece in segment.pieces]
+            refined += segment.split(labels, self.optimizer.state)
+        self.segments = refined
+
+    def _run(self, active: Sequence[Segment], **kwargs: Any) -> None:
+        """Run the user's step on segments."""
+        groups = self.optimizer.param_groups
+        shown = [group["params"] for group in groups]
+        try:
+            for index, group in enumerate(groups):
+                group["params"] = [segment.tensor for segment in active if segment.group == index]
+            for segment in active:
+                segment.tensor.grad = segment.gradient()
+            # A group that has nothing here must not reach an optimizer that takes groups to be non-empty.
+            self.optimizer.param_groups = [group for group in groups if group["params"]]
+            if active:
+                self._original_step(**kwargs)
+        finally:
+            self.optimizer.param_groups = groups
+            for group, parameters in zip(groups, shown, strict=True):
+                group["params"] = parameters
+            for segment in active:
+                segment.tensor.grad = None
+
+    def gradients(self) -> list[Tensor]:
+        """This rank's reduced gradients as few 1-D tensors.
+
+        Each element of each gradient is on one rank where optimizer state rests sharded, on every rank otherwise.
+
+        Raises:
+            RuntimeError: If gradients were accumulated but not reduced.
+
+        """
+        self.engine.before_step()
+        for unit in self._units:
+            unit.reconcile()
+        self._require_reduced()
+        found = []
+        for unit in self._units:
+            labelled = [
+                (0, piece) for piece in unit.layout.pieces(*unit.part) if unit.content[piece.slot] is Content.REDUCED
+            ]
+            found += [unit.local_gradient(start, stop) for start, stop in Segment.ranges(labelled)]
+        return found
+
+    @property
+    def used_units(self) -> list[Unit]:
+        """Units of which any parameter has a gradient: on every rank the same."""
+        return [unit for unit in self._units if Content.REDUCED in unit.content]
+
+    # ------------------------------------------------------------------- state
+
+    def state_dict(self) -> dict[str, Any]:
+        """The optimizer's state by whole parameters, in torch's format: it loads in any optimizer of the class.
+
+        Where optimizer state rests sharded, all ranks must call this together; rank 0 gets the state, others ``{}``.
+        """
+        self.refresh()
+        self.engine.build()
+        full = optimizer_state.gather(self)
+        if full is None:
+            return {}
+        kept, self.optimizer.state = self.optimizer.state, full  # type: ignore[assignment]
+        try:
+            return self._original_state_dict()
+        finally:
+            self.optimizer.state = kept
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Load what ``state_dict`` returned, under any row and number of ranks. Every rank passes the full state.
+
+        Raises:
+            ValueError: If it does not fit; everything that does not is listed.
+
+        """
+        self.refresh()
+        self.engine.build()
+        optimizer_state.require_fit(self, state_dict)
+        parameters = list(self.parameters())
+        state = {parameters[index]: values for index, values in state_dict["state"].items()}
+        self.optimizer.state.clear()
+        self._original_load({**state_dict, "state": {}})
+        self._members = self._current_members()
+        placed = {parameter for unit in self._units for parameter in unit.parameters}
+        self.waiting_state = {p: dict(values) for p, values in state.items() if p not in placed}
+        self.segments = optimizer_state.scatter(self, state, self.segments)

@@ -1,0 +1,218 @@
+"""Optimizer state by whole parameters, out of and into the segments of the ranks.
+
+Every value of the state is one of two kinds: a tensor that belongs to elements (momentum; for optimizers that need
+whole tensors, anything), which travels by itself, or a number or 0-dim tensor that is the same for all elements of a
+parameter (step counts), which travels with the description.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+
+from lightning_accel.core.layout import Piece
+from lightning_accel.core.segment import Segment
+
+if TYPE_CHECKING:
+    from lightning_accel.core.optimizer import EngineOptimizer
+
+
+_COUNTS = {"step", "eta", "mu", "mu_product"}
+"""Values that torch's elementwise optimizers keep once for a parameter, as 0-dim tensors."""
+
+
+@dataclass(frozen=True)
+class _Entry:
+    """What a rank has of the state of one segment."""
+
+    unit: int
+    pieces: list[Piece]
+    whole: bool
+    tensors: dict[str, tuple[torch.Size, torch.dtype]] = field(default_factory=dict)
+    others: dict[str, Any] = field(default_factory=dict)
+
+
+def gather(optimizer: EngineOptimizer) -> dict[nn.Parameter, dict[str, Any]] | None:
+    """The state of whole parameters, on the CPU where it came from other ranks.
+
+    Returns:
+        State by parameter, on every rank where optimizer state rests replicated; else on rank 0, None on others. All
+        ranks must call this together in the latter case.
+
+    """
+    collectives = optimizer.engine.collectives
+    units = optimizer.engine.units_of(optimizer)
+    state = optimizer.optimizer.state
+    mine = [segment for segment in optimizer.segments if segment.tensor in state]
+    entries = [_describe(segment, units.index(segment.unit), state[segment.tensor]) for segment in mine]
+    full: dict[nn.Parameter, dict[str, Any]] = {p: dict(values) for p, values in optimizer.waiting_state.items()}
+    everyone = collectives.gather_objects(entries) if optimizer.sharded else [entries]
+    keeps = collectives.rank == 0 or not optimizer.sharded
+    for source, theirs in enumerate(everyone):
+        for position, entry in enumerate(theirs):
+            unit = units[entry.unit]
+            for key, (shape, dtype) in entry.tensors.items():
+                if not optimizer.sharded or source == collectives.rank:
+                    value = state[mine[position].tensor][key]
+                else:
+                    value = torch.empty(shape, dtype=dtype, device=unit.flat.device)
+                if optimizer.sharded:
+                    value = value.contiguous()
+                    collectives.broadcast(value, source)
+                if keeps:
+                    _assemble(full, unit, entry, key, value.cpu() if optimizer.sharded else value)
+            if keeps:
+                for piece in entry.pieces:
+                    full.setdefault(unit.parameters[piece.slot], {}).update(
+                        {key: _copy(value) for key, value in entry.others.items()}
+                    )
+    return full if keeps else None
+
+
+def _describe(segment: Segment, unit: int, values: Mapping[str, Any]) -> _Entry:
+    entry = _Entry(unit, segment.pieces, segment.whole)
+    for key, value in values.items():
+        if isinstance(value, Tensor) and value.dim() > 0:
+            if not segment.whole and not segment.is_elementwise(value):
+                raise ValueError(
+                    f"Expected optimizer state {key!r} to have one element per parameter element, got shape"
+                    f" {tuple(value.shape)} for {segment.stop - segment.start} elements. The optimizer is registered as"
+                    " elementwise but is not."
+                )
+            entry.tensors[key] = (value.shape, value.dtype)
+        else:
+            entry.others[key] = value.cpu() if isinstance(value, Tensor) else value
+    return entry
+
+
+def _assemble(full: dict[nn.Parameter, dict[str, Any]], unit: Any, entry: _Entry, key: str, value: Tensor) -> None:
+    """Put a rank's part of one state value where it belongs in whole parameters."""
+    for piece in entry.pieces:
+        parameter = unit.parameters[piece.slot]
+        values = full.setdefault(parameter, {})
+        if entry.whole:
+            values[key] = value
+            continue
+        slot = unit.layout.slots[piece.slot]
+        if key not in values:
+            values[key] = torch.empty_strided(
+                parameter.shape, parameter.stride(), dtype=value.dtype, device=value.device
+            )
+        memory = values[key].as_strided((slot.numel,), (1,))
+        begin = piece.start - entry.pieces[0].start
+        memory[piece.start - slot.start : piece.stop - slot.start] = value[begin : begin + piece.stop - piece.start]
+
+
+def scatter(
+    optimizer: EngineOptimizer, state: Mapping[nn.Parameter, Mapping[str, Any]], segments: Sequence[Segment]
+) -> list[Segment]:
+    """Set the state of segments of this rank from that of whole parameters.
+
+    Args:
+        optimizer: Whose state is set.
+        state: State by parameter; parameters that have none are left without.
+        segments: Segments that have no state.
+
+    Returns:
+        The segments, cut where neighbours have different step counts or only one has state.
+
+    """
+    cut: list[Segment] = []
+    for segment in segments:
+        parameters = [segment.unit.parameters[piece.slot] for piece in segment.pieces]
+        cut += segment.split([_signature(state.get(p), p) for p in parameters], {})
+    for segment in cut:
+        values = [state.get(segment.unit.parameters[piece.slot]) for piece in segment.pieces]
+        if values[0]:
+            group = optimizer.optimizer.param_groups[segment.group]
+            optimizer.optimizer.state[segment.tensor] = {
+                key: _cut(segment, key, [v[key] for v in values if v is not None], group) for key in values[0]
+            }
+    return cut
+
+
+def _signature(values: Mapping[str, Any] | None, parameter: nn.Parameter) -> tuple[Any, ...]:
+    if not values:
+        return ()
+    return tuple(
+        (key, repr(value.item() if isinstance(value, Tensor) else value) if _is_count(key, value, parameter) else "")
+        for key, value in sorted(values.items())
+    )
+
+
+def _is_count(key: str, value: Any, parameter: nn.Parameter) -> bool:
+    """Whether a value is one for the whole parameter. The shape tells, but for parameters that are scalars."""
+    return not isinstance(value, Tensor) or (value.dim() == 0 and (parameter.dim() > 0 or key in _COUNTS))
+
+
+def _cut(segment: Segment, key: str, values: list[Any], group: Mapping[str, Any]) -> Any:
+    """One value of the state for a segment, from those of the parameters it covers."""
+    first, target = values[0], segment.tensor
+    if not isinstance(first, Tensor):
+        return first
+    if key == "step":  # as torch's own load_state_dict: on the device only if the implementation keeps it there
+        on_device = group.get("capturable") or group.get("fused")
+        return first.to(dtype=torch.float32, device=target.device).clone() if on_device else first.clone()
+    dtype = target.dtype if first.is_floating_point() and target.is_floating_point() else first.dtype
+    if segment.whole:
+        return first.to(device=target.device, dtype=dtype).clone()
+    parameters = [segment.unit.parameters[piece.slot] for piece in segment.pieces]
+    if _is_count(key, first, parameters[0]):
+        return first.to(target.device).clone()
+    parts = []
+    for piece, parameter, value in zip(segment.pieces, parameters, values, strict=True):
+        slot = segment.unit.layout.slots[piece.slot]
+        ordered = torch.empty_strided(parameter.shape, parameter.stride(), dtype=dtype, device=value.device)
+        ordered.copy_(value)
+        memory = ordered.as_strided((slot.numel,), (1,))
+        parts.append(memory[piece.start - slot.start : piece.stop - slot.start].to(target.device))
+    return torch.cat(parts)
+
+
+def require_fit(optimizer: EngineOptimizer, state_dict: Mapping[str, Any]) -> None:
+    """Raise unless a state dict fits the optimizer.
+
+    Raises:
+        ValueError: Lists all that is missing, unexpected or of the wrong shape.
+
+    """
+    names = optimizer.engine.names
+    problems: list[str] = []
+    for key in ("state", "param_groups"):
+        if key not in state_dict:
+            problems.append(f"missing: the entry {key!r}")
+    saved = state_dict.get("param_groups", [])
+    current = optimizer.optimizer.param_groups
+    if not problems and len(saved) != len(current):
+        problems.append(f"parameter groups: expected {len(current)}, got {len(saved)}")
+    elif not problems:
+        problems += [
+            f"parameter group {index}: expected {len(now['params'])} parameters, got {len(then['params'])}"
+            for index, (now, then) in enumerate(zip(current, saved, strict=True))
+            if len(now["params"]) != len(then["params"])
+        ]
+    if not problems:
+        parameters = list(optimizer.parameters())
+        for index, values in state_dict["state"].items():
+            if index not in range(len(parameters)):
+                problems.append(f"unexpected: state of parameter number {index}, of {len(parameters)}")
+                continue
+            parameter = parameters[index]
+            problems += [
+                f"{names[parameter]}: {key!r} has shape {tuple(value.shape)}, expected {tuple(parameter.shape)}"
+                for key, value in values.items()
+                if not optimizer.whole and isinstance(value, Tensor) and value.dim() and value.shape != parameter.shape
+            ]
+    if problems:
+        raise ValueError(
+            f"Expected a state that fits this {type(optimizer.optimizer).__name__}, got one that does not:\n  "
+            + "\n  ".join(problems)
+        )
+
+
+def _copy(value: Any) -> Any:
+    return value.clone() if isinstance(value, Tensor) else value

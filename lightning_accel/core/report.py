@@ -1,0 +1,131 @@
+"""What the engine really allocated, sent and copied."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field
+from typing import TYPE_CHECKING, Any
+
+from torch import Tensor
+
+from lightning_accel.core.collectives import nbytes
+
+if TYPE_CHECKING:
+    from lightning_accel.core.engine import Engine
+
+
+@dataclass(frozen=True, kw_only=True)
+class Report:
+    """Bytes of this rank by kind of state, and what its last optimizer step sent and copied."""
+
+    row: str
+    """Name of the placement row."""
+    rank: int
+    world_size: int
+    at_rest: dict[str, int]
+    """Bytes kept between steps: ``parameters``, ``gradients``, ``optimizer_state`` (of trainable parameters, padding
+    included), ``frozen_parameters``, ``buffers``."""
+    padding: dict[str, int]
+    """Of those, bytes that belong to no parameter: ``parameters``, ``gradients``."""
+    transient: int
+    """Most bytes of gradient buffers that were borrowed at once and given back before the step's end."""
+    steps: int
+    """Optimizer steps so far."""
+    collectives: dict[str, int] = field(default_factory=dict)
+    """Number of operations of the last step, by kind. ``agree`` is the message about used parameters."""
+    bytes_sent: dict[str, int] = field(default_factory=dict)
+    """Bytes this rank sent in the last step, by kind of operation."""
+    copies: dict[str, int] = field(default_factory=dict)
+    """Copies of the last step outside of collectives: ``gradient_writes`` (one for each arriving gradient)."""
+
+    def to_dict(self) -> dict[str, Any]:
+        """The report as plain data."""
+        return asdict(self)
+
+    def __str__(self) -> str:
+        lines = [f"accel_{self.row}, rank {self.rank} of {self.world_size}, after {self.steps} optimizer steps"]
+        lines.append(f"  {'bytes at rest':<24}{'bytes':>16}{'':>12}")
+        for kind, size in self.at_rest.items():
+            pad = self.padding.get(kind, 0)
+            lines.append(
+                f"    {kind.replace('_', ' '):<22}{size:>16,}{_human(size):>12}" + f"  ({pad:,} padding)" * bool(pad)
+            )
+        total = sum(self.at_rest.values())
+        lines.append(f"    {'total':<22}{total:>16,}{_human(total):>12}")
+        lines.append(f"    {'borrowed at most':<22}{self.transient:>16,}{_human(self.transient):>12}")
+        lines.append(f"  {'sent in the last step':<24}{'bytes':>16}{'':>12}  operations")
+        for kind, size in self.bytes_sent.items():
+            lines.append(
+                f"    {kind.replace('_', ' '):<22}{size:>16,}{_human(size):>12}  {self.collectives.get(kind, 0):>10}"
+            )
+        for kind, count in self.copies.items():
+            lines.append(f"  {kind.replace('_', ' ')}: {count}")
+        return "\n".join(lines)
+
+
+class StepCounts:
+    """Counts of the last optimizer step, and how many there were."""
+
+    def __init__(self) -> None:
+        self.steps = 0
+        self.collectives: dict[str, int] = {}
+        self.bytes_sent: dict[str, int] = {}
+        self.copies: dict[str, int] = {}
+
+    def close_step(self, engine: Engine) -> None:
+        """Take what was counted since the last step as this step's."""
+        self.steps += 1
+        self.collectives, self.bytes_sent = engine.collectives.traffic.take()
+        self.copies = {"gradient_writes": sum(unit.writes for unit in engine.units)}
+        for unit in engine.units:
+            unit.writes = 0
+
+
+def measure(engine: Engine, counts: StepCounts, transient: int) -> Report:
+    """The report of an engine, from the memory it really holds."""
+    module = engine.module
+    flats = [unit.flat for unit in engine.units]
+    gradients = [unit.grad if unit.grad is not None else unit.rest for unit in engine.units]
+    ours = {p for unit in engine.units for p in unit.parameters}
+    state = [value for o in engine.optimizers for values in o.optimizer.state.values() for value in _tensors(values)]
+    return Report(
+        row=engine.row.name,
+        rank=engine.collectives.rank,
+        world_size=engine.collectives.ranks,
+        at_rest={
+            "parameters": _bytes(flats),
+            "gradients": _bytes([g for g in gradients if g is not None]),
+            "optimizer_state": _bytes(state),
+            "frozen_parameters": _bytes([p for p in module.parameters() if p not in ours]),
+            "buffers": _bytes(list(module.buffers())),
+        },
+        padding={
+            "parameters": sum(unit.layout.padding * unit.flat.element_size() for unit in engine.units),
+            "gradients": sum(
+                unit.gradient_padding * unit.flat.element_size()
+                for unit, gradient in zip(engine.units, gradients, strict=True)
+                if gradient is not None
+            ),
+        },
+        transient=transient,
+        steps=counts.steps,
+        collectives=dict(counts.collectives),
+        bytes_sent=dict(counts.bytes_sent),
+        copies=dict(counts.copies),
+    )
+
+
+def _tensors(values: Mapping[str, Any]) -> list[Tensor]:
+    return [value for value in values.values() if isinstance(value, Tensor)]
+
+
+def _bytes(tensors: list[Tensor]) -> int:
+    return sum(map(nbytes, tensors))
+
+
+def _human(size: float) -> str:
+    for unit in ("B", "KiB", "MiB"):
+        if size < 1024:
+            return f"{size:.0f} {unit}" if unit == "B" else f"{size:.1f} {unit}"
+        size /= 1024
+    return f"{size:.2f} GiB"

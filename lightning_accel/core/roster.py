@@ -1,0 +1,140 @@
+"""Which units there are, whose they are, and where each parameter lies."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor, nn
+
+from lightning_accel.core.agreement import require_same
+from lightning_accel.core.collectives import Collectives
+from lightning_accel.core.layout import balance, even_layout, owned_layout
+from lightning_accel.core.partition import NamedParameter, partition
+from lightning_accel.core.placement import Row
+from lightning_accel.core.pool import BufferPool
+from lightning_accel.core.unit import Content, Unit
+
+if TYPE_CHECKING:
+    from lightning_accel.core.optimizer import EngineOptimizer
+
+
+class Roster:
+    """Lays parameters out in units and keeps track of them.
+
+    A unit's parameters are of one dtype and belong to one optimizer, or to none.
+
+    Args:
+        row: The placement row.
+        blocks: Modules whose parameters stay together, by name.
+        cap_bytes: Size up to which small units are joined.
+        collectives: The ranks.
+        pool: Lends gradient buffers.
+
+    """
+
+    def __init__(
+        self, row: Row, blocks: dict[str, nn.Module], cap_bytes: int, collectives: Collectives, pool: BufferPool
+    ) -> None:
+        self._row = row
+        self._blocks = blocks
+        self._cap_bytes = cap_bytes
+        self._collectives = collectives
+        self._pool = pool
+        self.units: list[Unit] = []
+        """In launch order."""
+        self.owner: dict[Unit, EngineOptimizer | None] = {}
+        """The optimizer that updates a unit."""
+        self.places: dict[nn.Parameter, tuple[Unit, int]] = {}
+        """The unit of each trainable parameter, and the position in it."""
+        self.views: dict[nn.Parameter, Tensor] = {}
+        """The memory of each trainable parameter."""
+        self.frozen: list[nn.Parameter] = []
+        """Parameters that are in no unit."""
+
+    def rebuild(self, names: Mapping[nn.Parameter, str], optimizers: Sequence[EngineOptimizer]) -> None:
+        """Lay out all trainable parameters that are not in a unit of an optimizer. All ranks take part.
+
+        Args:
+            names: The module's parameters.
+            optimizers: The optimizers so far.
+
+        Raises:
+            ValueError: If the ranks disagree about what is trainable.
+
+        """
+        holder = {parameter: optimizer for optimizer in optimizers for parameter in optimizer.parameters()}
+        for unit in [unit for unit in self.units if self.owner[unit] is None]:
+            self._dissolve(unit)
+        free = [
+            NamedParameter(name, parameter)
+            for parameter, name in names.items()
+            if parameter not in self.places and parameter.requires_grad
+        ]
+        number = {optimizer: index for index, optimizer in enumerate(optimizers)}
+        lines = [
+            f"parameter {named.name!r} in optimizer {number.get(holder.get(named.parameter))}"  # type: ignore[arg-type]
+            for named in free
+        ]
+        require_same(lines, self._collectives, "trainable parameters")
+
+        groups: list[tuple[str, EngineOptimizer | None, list[NamedParameter]]] = []
+        for name, members in partition(free, self._blocks, self._cap_bytes):
+            kinds: dict[tuple[torch.dtype, EngineOptimizer | None], list[NamedParameter]] = {}
+            for named in members:
+                key = (named.parameter.dtype, holder.get(named.parameter))
+                kinds.setdefault(key, []).append(named)
+            groups += [(name, owner, kind) for (_, owner), kind in kinds.items()]
+        owners = self._share_out(groups)
+        built = []
+        for name, owner, members in groups:
+            unit = self._make(name, members, owners)
+            self.owner[unit] = owner
+            built.append(unit)
+        # Backward completes units from the last to the first.
+        self.units = [*reversed(built), *self.units]
+        self.places = {p: (unit, i) for unit in self.units for i, p in enumerate(unit.parameters)}
+        self.views = {p: unit.view(unit.flat, i) for p, (unit, i) in self.places.items()}
+        self.frozen = [parameter for parameter in names if parameter not in self.places]
+
+    def _share_out(
+        self, groups: Sequence[tuple[str, EngineOptimizer | None, list[NamedParameter]]]
+    ) -> dict[nn.Parameter, int]:
+        """The rank that owns each parameter whose optimizer needs it whole, balanced over the whole model."""
+        whole = [
+            named.parameter
+            for _, owner, members in groups
+            if owner is not None and owner.whole and owner.sharded
+            for named in members
+        ]
+        ranks = balance([parameter.numel() for parameter in whole], self._collectives.ranks)
+        return dict(zip(whole, ranks, strict=True))
+
+    def _make(self, name: str, members: Sequence[NamedParameter], owners: Mapping[nn.Parameter, int]) -> Unit:
+        parameters = [named.parameter for named in members]
+        ranks = self._collectives.ranks
+        if parameters[0] in owners:
+            layout = owned_layout([p.numel() for p in parameters], [owners[p] for p in parameters], ranks)
+        else:
+            layout = even_layout([p.shape for p in parameters], ranks)
+        names = [named.name for named in members]
+        return Unit(name, parameters, names, layout, self._row, self._collectives, self._pool)
+
+    def _dissolve(self, unit: Unit) -> None:
+        """Take a unit apart that belongs to no optimizer. Gradients that it has are kept."""
+        unit.reconcile()
+        for position, content in enumerate(unit.content):
+            if content is Content.LOCAL:
+                raise RuntimeError(
+                    f"Expected no accumulated gradients when parameters are given to an optimizer, but"
+                    f" {unit.names[position]!r} has one. Call add_param_group or setup_optimizers after an optimizer"
+                    " step, or zero the gradients first."
+                )
+        gradients = [unit.full_gradient(position) for position in range(len(unit.parameters))]
+        unit.release()
+        for parameter, gradient in zip(unit.parameters, gradients, strict=True):
+            parameter.grad = gradient
+            del self.places[parameter]
+        self.units.remove(unit)
+        del self.owner[unit]

@@ -1,0 +1,93 @@
+"""A range of a flat buffer that an optimizer updates as one tensor."""
+
+from __future__ import annotations
+
+from collections.abc import Hashable, MutableMapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from lightning_accel.core.layout import Piece
+from lightning_accel.core.unit import Unit
+
+
+class Segment:
+    """Adjacent pieces of one unit and parameter group on this rank.
+
+    Args:
+        unit: Where the pieces lie.
+        pieces: Adjacent pieces, in buffer order.
+        group: Index of the parameter group.
+        whole: Give the tensor the parameter's shape: for optimizers that need whole tensors. One piece only.
+
+    """
+
+    def __init__(self, unit: Unit, pieces: Sequence[Piece], group: int, *, whole: bool = False) -> None:
+        self.unit = unit
+        self.pieces = list(pieces)
+        self.group = group
+        self.whole = whole
+        self.start = self.pieces[0].start
+        self.stop = self.pieces[-1].stop
+        if whole:
+            assert len(self.pieces) == 1
+            self.tensor = unit.view(unit.flat, self.pieces[0].slot)
+        else:
+            self.tensor = unit.flat[self.start : self.stop]
+
+    def gradient(self) -> Tensor:
+        """The reduced gradient, shaped as the tensor."""
+        gradient = self.unit.local_gradient(self.start, self.stop)
+        return gradient.as_strided(self.tensor.shape, self.tensor.stride()) if self.whole else gradient
+
+    @staticmethod
+    def ranges(labelled: Sequence[tuple[Hashable, Piece]]) -> list[tuple[int, int]]:
+        """The longest ranges of adjacent pieces with equal labels."""
+        return [(run[0].start, run[-1].stop) for _, run in _runs(labelled)]
+
+    @classmethod
+    def runs(cls, unit: Unit, labelled: Sequence[tuple[int, Piece]]) -> list[Segment]:
+        """The longest possible segments of pieces that are labelled with their group."""
+        return [cls(unit, run, group) for group, run in _runs(labelled)]
+
+    def split(self, labels: Sequence[Hashable], state: MutableMapping[Tensor, Any]) -> list[Segment]:
+        """Cut between pieces with different labels, and the optimizer's state with them.
+
+        Args:
+            labels: One for each piece.
+            state: The optimizer's state by tensor, changed in place. Values with an element per element of the segment
+                are cut; others (step counts) are copied to each part.
+
+        """
+        runs = _runs(list(zip(labels, self.pieces, strict=True)))
+        if len(runs) <= 1:
+            return [self]
+        parts = [Segment(self.unit, run, self.group) for _, run in runs]
+        if self.tensor in state:
+            whole = state.pop(self.tensor)
+            for part in parts:
+                where = slice(part.start - self.start, part.stop - self.start)
+                state[part.tensor] = {
+                    key: value[where].clone() if self.is_elementwise(value) else _copy(value)
+                    for key, value in whole.items()
+                }
+        return parts
+
+    def is_elementwise(self, value: Any) -> bool:
+        """Whether a value of the optimizer's state has one element for each of the segment's."""
+        return isinstance(value, Tensor) and value.shape == (self.stop - self.start,)
+
+
+def _runs(labelled: Sequence[tuple[Any, Piece]]) -> list[tuple[Any, list[Piece]]]:
+    runs: list[tuple[Any, list[Piece]]] = []
+    for label, piece in labelled:
+        if runs and runs[-1][0] == label and runs[-1][1][-1].stop == piece.start:
+            runs[-1][1].append(piece)
+        else:
+            runs.append((label, [piece]))
+    return runs
+
+
+def _copy(value: Any) -> Any:
+    return value.clone() if isinstance(value, torch.Tensor) else value

@@ -1,0 +1,440 @@
+"""The flat buffers of one unit, and the life of its gradients.
+
+A unit is a set of parameters of one dtype whose gradients are reduced together and whose updated values are gathered
+together. Its memory::
+
+    flat    |======== parameters, padded =======|   every parameter's data is a view of it
+    grad    |======== gradients ================|   this rank's contributions, for rows that add them up locally;
+                                                    borrowed for one backward from a pool otherwise
+    rest    |=================|                     where reduced gradients rest on this rank: all of ``grad``, this
+                                                    rank's part of it, or a buffer of that part's size
+
+[Note: one write per gradient]
+Autograd hands a leaf's gradient over without a copy when ``leaf.grad`` is None. It is therefore hidden during
+backward, and each arriving gradient is written once: ``mul(out=)`` into its slot for the first contribution, ``add_``
+for the later ones. Both multiply by 1/N on the way, so that the sum over ranks is the mean, at no extra pass, and no
+buffer is ever zeroed as a whole.
+"""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Callable, Sequence
+from enum import Enum, auto
+
+import torch
+from torch import Tensor, nn
+
+from lightning_accel.core.collectives import Collectives, Pending
+from lightning_accel.core.layout import Layout
+from lightning_accel.core.memory import zeros
+from lightning_accel.core.placeholder import ShardedGradient
+from lightning_accel.core.placement import Rest, Row
+from lightning_accel.core.pool import BufferPool
+
+
+class Content(Enum):
+    """What a parameter's gradient slot holds."""
+
+    NONE = auto()
+    """Nothing: ``parameter.grad`` is None."""
+    LOCAL = auto()
+    """This rank's contributions, times 1/N, not yet added to the others'."""
+    REDUCED = auto()
+    """The mean over ranks, in the place where the row lets it rest."""
+
+
+class Phase(Enum):
+    """Where a unit is within one backward."""
+
+    FILLING = auto()
+    """Gradients are arriving."""
+    REDUCING = auto()
+    """The reduction is under way; a gradient that still arrives is late."""
+    DONE = auto()
+    """The reduction has been waited for."""
+
+
+class Unit:
+    """One unit: parameters in a flat buffer, and where their gradients are.
+
+    Args:
+        name: For messages and reports.
+        parameters: The parameters, in the order of the layout's indices.
+        names: Their names in the module.
+        layout: Where they lie and how the ranks divide them.
+        row: Where gradients rest.
+        collectives: What sends and receives.
+        pool: Lends gradient buffers to rows that keep none.
+
+    """
+
+    def __init__(
+        self,
+        name: str,
+        parameters: Sequence[nn.Parameter],
+        names: Sequence[str],
+        layout: Layout,
+        row: Row,
+        collectives: Collectives,
+        pool: BufferPool,
+    ) -> None:
+        self.name = name
+        self.layout = layout
+        self.parameters = [parameters[slot.index] for slot in layout.slots]
+        self.names = [names[slot.index] for slot in layout.slots]
+        self._row = row
+        self._collectives = collectives
+        self._pool = pool
+        self._scale = 1.0 / collectives.ranks
+        self._strides = [_dense_strides(parameter) for parameter in self.parameters]
+        self.content = [Content.NONE] * len(self.parameters)
+        self.phase = Phase.FILLING
+        self.arrivals = [0] * len(self.parameters)
+        self.expected = [1] * len(self.parameters)
+        self._missing = len(self.parameters)
+        self._reduction: Pending | None = None
+        self._late: dict[int, Tensor] = {}
+        self._aside: Tensor | None = None  # reduced gradients kept while new ones are added up
+        self._kept: set[int] = set()
+        self.writes = 0
+
+        first = self.parameters[0]
+        self.flat = zeros(layout.total, first.dtype, first.device)
+        with torch.no_grad():
+            for position, parameter in enumerate(self.parameters):
+                view = self.view(self.flat, position)
+                view.copy_(parameter)
+                parameter.data = view
+        self.grad: Tensor | None = None
+        self._grad_views: list[Tensor] = []
+        self.rest: Tensor | None = None
+        sharded = row.gradients is Rest.SHARDED
+        self._placeholders: dict[int, ShardedGradient] = {
+            position: ShardedGradient(parameter, name, _zeroing(self, position))
+            for position, (parameter, name) in enumerate(zip(self.parameters, self.names, strict=True))
+            if sharded
+        }
+
+    # ------------------------------------------------------------------ memory
+
+    @property
+    def part(self) -> tuple[int, int]:
+        """The range of the buffer that this rank updates: all of it unless optimizer state rests sharded."""
+        if self._row.optimizer_state is Rest.SHARDED:
+            return self.layout.part(self._collectives.rank)
+        return 0, self.layout.total
+
+    @property
+    def gradient_padding(self) -> int:
+        """Elements of the gradient memory at rest that belong to no parameter."""
+        if self._row.accumulating is Rest.REPLICATED:
+            return self.layout.padding
+        start, stop = self.part
+        return stop - start - sum(piece.stop - piece.start for piece in self.layout.pieces(start, stop))
+
+    def view(self, buffer: Tensor, position: int) -> Tensor:
+        """The slot of the parameter at ``position``, shaped and strided as the parameter is."""
+        slot = self.layout.slots[position]
+        return buffer.as_strided(
+            self.parameters[position].shape, self._strides[position], buffer.storage_offset() + slot.start
+        )
+
+    def release(self) -> None:
+        """Give the parameters memory of their own again and drop all gradients."""
+        with torch.no_grad():
+            for position, parameter in enumerate(self.parameters):
+                parameter.grad = None
+                parameter.data = torch.empty_strided(
+                    parameter.shape, self._strides[position], dtype=parameter.dtype, device=parameter.device
+                ).copy_(parameter)
+        self.flat = self.flat.new_empty(0)
+        self.grad = self.rest = self._aside = None
+        self._grad_views = []
+
+    def _open_buffers(self) -> None:
+        """Have a full-size gradient buffer and a resting place."""
+        if self.grad is not None:
+            return
+        if self._row.accumulating is Rest.REPLICATED:
+            self.grad = zeros(self.layout.total, self.flat.dtype, self.flat.device)
+            self.rest = self.grad[slice(*self.part)]
+        else:
+            self.grad = self._pool.borrow(self.layout.total, self.flat.dtype, self.flat.device)
+            if self.rest is None:
+                start, stop = self.part
+                self.rest = self.flat.new_zeros(stop - start)
+        self._grad_views = [self.view(self.grad, position) for position in range(len(self.parameters))]
+
+    def _close_buffers(self) -> None:
+        """Give the borrowed gradient buffer back."""
+        assert self.grad is not None
+        self._pool.give_back(self.grad)
+        self.grad = None
+        self._grad_views = []
+
+    # ---------------------------------------------------- what the user sees
+
+    def reconcile(self) -> None:
+        """Take over what was done to ``parameter.grad`` since it was shown.
+
+        It may have been set to None, or to another tensor, which is taken to be the same on every rank.
+        """
+        for position, parameter in enumerate(self.parameters):
+            shown = parameter.grad
+            if shown is None:
+                self.content[position] = Content.NONE
+                self._kept.discard(position)
+            elif shown is not self._placeholders.get(position) and not self._is_view(shown, position):
+                self._take_over(position, shown)
+
+    def _is_view(self, shown: Tensor, position: int) -> bool:
+        return bool(self._grad_views) and shown is self._grad_views[position]
+
+    def _take_over(self, position: int, value: Tensor) -> None:
+        """Put a whole gradient to rest as if it had been reduced."""
+        if value.layout is not torch.strided:
+            raise ValueError(f"Expected a dense gradient of {self.names[position]!r}, got layout {value.layout}.")
+        self._open_buffers()
+        assert self.rest is not None
+        slot = self.layout.slots[position]
+        whole = value.new_empty(slot.numel)
+        whole.as_strided(value.shape, self._strides[position]).copy_(value)
+        start, stop = self.part
+        begin, end = max(slot.start, start), min(slot.stop, stop)
+        if begin < end:
+            self.rest[begin - start : end - start].copy_(whole[begin - slot.start : end - slot.start])
+        self._kept.discard(position)
+        self.content[position] = Content.REDUCED
+        if self._row.accumulating is Rest.SHARDED:
+            self._close_buffers()
+
+    def hide(self) -> None:
+        """Set every ``parameter.grad`` to None for backward. See [Note: one write per gradient]."""
+        self.reconcile()
+        for parameter in self.parameters:
+            parameter.grad = None
+        self.phase = Phase.FILLING
+        self.arrivals = [0] * len(self.parameters)
+        self._missing = sum(parameter.requires_grad for parameter in self.parameters)
+
+    def show(self) -> None:
+        """Set every ``parameter.grad`` to what its slot holds."""
+        sharded = self._row.gradients is Rest.SHARDED
+        for position, parameter in enumerate(self.parameters):
+            content = self.content[position]
+            if content is Content.LOCAL or (content is Content.REDUCED and not sharded):
+                parameter.grad = self._grad_views[position]
+            elif content is Content.REDUCED or position in self._kept:
+                parameter.grad = self._placeholders[position]
+            else:
+                parameter.grad = None
+
+    def zero_gradient(self, position: int) -> None:
+        """Set the reduced gradient of one parameter to zero where it rests."""
+        assert self.rest is not None
+        start, _ = self.part
+        slot = self.layout.slots[position]
+        place = self.rest if self._aside is None else self._aside
+        place[max(slot.start - start, 0) : max(slot.stop - start, 0)].zero_()
+
+    # -------------------------------------------------------------- gradients
+
+    def write(self, position: int, gradient: Tensor) -> bool:
+        """Add one arriving gradient to what this rank contributes.
+
+        Returns:
+            Whether the unit now has all gradients that it expects in this backward.
+
+        """
+        self.arrivals[position] += 1
+        if self.phase is not Phase.FILLING:
+            gradient = gradient * self._scale
+            late = self._late.get(position)
+            self._late[position] = gradient if late is None else late.add_(gradient)
+            return False
+        self._open_buffers()
+        if self.content[position] is Content.REDUCED:
+            self._leave_rest()
+        view = self._grad_views[position]
+        if self.content[position] is Content.LOCAL:
+            view.add_(gradient, alpha=self._scale)
+        elif self._scale == 1.0:
+            view.copy_(gradient)
+        else:
+            torch.mul(gradient, self._scale, out=view)
+        self.writes += 1
+        self.content[position] = Content.LOCAL
+        if self.arrivals[position] == self.expected[position]:
+            self._missing -= 1
+        return self.is_ready
+
+    @property
+    def contributes(self) -> list[bool]:
+        """For each parameter, whether this rank has something for the reduction."""
+        return [content is Content.LOCAL for content in self.content]
+
+    @property
+    def is_ready(self) -> bool:
+        """Whether all gradients that are expected in this backward have arrived and no reduction was started."""
+        return self._missing == 0 and self.phase is Phase.FILLING and any(self.arrivals)
+
+    @property
+    def is_late(self) -> bool:
+        """Whether a gradient arrived after the reduction had started."""
+        return bool(self._late)
+
+    def _leave_rest(self) -> None:
+        """Make room for new contributions where reduced gradients rest, without losing those."""
+        reduced = {position for position, content in enumerate(self.content) if content is Content.REDUCED}
+        if not reduced:
+            return
+        assert self.grad is not None
+        assert self.rest is not None
+        if self._row.gradients is Rest.REPLICATED:
+            # Every rank has the same mean: a share of it from each adds up to it again.
+            self.grad.mul_(self._scale)
+            for position in reduced:
+                self.content[position] = Content.LOCAL
+            return
+        self._kept |= reduced
+        if self._aside is None:
+            in_place = self._row.accumulating is Rest.REPLICATED
+            self._aside = self.rest.clone() if in_place else self.rest
+        elif self._aside is not self.rest:
+            start, stop = self.part
+            for piece in self.layout.pieces(start, stop):
+                if piece.slot in reduced:
+                    where = slice(piece.start - start, piece.stop - start)
+                    self._aside[where].copy_(self.rest[where])
+        for position in reduced:
+            self.content[position] = Content.NONE
+
+    def reduce(self) -> None:
+        """Start the reduction."""
+        assert self.phase is Phase.FILLING
+        self._open_buffers()
+        assert self.grad is not None
+        assert self.rest is not None
+        self._leave_rest()
+        for position, content in enumerate(self.content):
+            if content is Content.NONE:
+                slot = self.layout.slots[position]
+                self.grad[slot.start : slot.stop].zero_()
+        self.phase = Phase.REDUCING
+        if self._row.gradients is Rest.REPLICATED:
+            self._reduction = self._collectives.all_reduce(self.grad, self.layout)
+        else:
+            # Straight to the resting place, unless gradients already there must be added to.
+            out = self.rest if self._aside is None else self.grad[slice(*self.part)]
+            self._reduction = self._collectives.reduce_scatter(self.grad, self.layout, out)
+
+    def advance(self) -> None:
+        """Let a reduction of several phases enter the next."""
+        assert self._reduction is not None
+        self._reduction.advance()
+
+    def finish(self) -> None:
+        """Wait for the reduction and put its result to rest."""
+        assert self.phase is Phase.REDUCING
+        assert self._reduction is not None
+        self._reduction.wait()
+        self._reduction = None
+        self.phase = Phase.DONE
+        if self._aside is not None:
+            self._merge_aside()
+        if self._row.accumulating is Rest.SHARDED:
+            self._close_buffers()
+
+    def _merge_aside(self) -> None:
+        """Add gradients that were reduced earlier to those reduced now."""
+        assert self.grad is not None
+        assert self.rest is not None
+        assert self._aside is not None
+        start, stop = self.part
+        now = self.grad[start:stop]
+        for piece in self.layout.pieces(start, stop):
+            where = slice(piece.start - start, piece.stop - start)
+            if piece.slot in self._kept:
+                torch.add(self._aside[where], now[where], out=self.rest[where])
+            else:
+                self.rest[where].copy_(now[where])
+        self._aside = None
+
+    def settle(self, used: Sequence[bool]) -> None:
+        """Note which gradients there are after a reduction.
+
+        Args:
+            used: For each parameter, whether any rank contributed.
+
+        """
+        assert self.phase is Phase.DONE
+        self.content = [
+            # Locally there without a flag: reduced earlier, and every rank's share of it was added up again.
+            Content.REDUCED if flag or content is Content.LOCAL or position in self._kept else Content.NONE
+            for position, (flag, content) in enumerate(zip(used, self.content, strict=True))
+        ]
+        self._kept.clear()
+
+    def reduce_late(self) -> None:
+        """Reduce the gradients that arrived after the reduction had started, and add them. All ranks take part."""
+        assert self.phase is Phase.DONE
+        assert self.rest is not None
+        late = torch.zeros_like(self.flat)
+        for position, gradient in self._late.items():
+            self.view(late, position).copy_(gradient)
+        self._late.clear()
+        if self._row.gradients is Rest.REPLICATED:
+            self._collectives.all_reduce(late, self.layout).wait()
+            self.rest.add_(late)
+        else:
+            out = late[slice(*self.part)]
+            self._collectives.reduce_scatter(late, self.layout, out).wait()
+            self.rest.add_(out)
+
+    def learn(self) -> None:
+        """Expect as many gradients of each parameter in the next backward as came in this one."""
+        self.expected = [count or before for count, before in zip(self.arrivals, self.expected, strict=True)]
+
+    def full_gradient(self, position: int) -> Tensor | None:
+        """The whole reduced gradient of one parameter. All ranks take part."""
+        if self.content[position] is not Content.REDUCED:
+            return None
+        assert self.rest is not None
+        full = torch.zeros_like(self.flat)
+        full[slice(*self.part)] = self.rest
+        if self._row.gradients is Rest.SHARDED:
+            self._collectives.all_gather(full, self.layout).wait()
+        return self.view(full, position).clone()
+
+    def local_gradient(self, start: int, stop: int) -> Tensor:
+        """Reduced gradients of a range of this rank's part, as a 1-D view."""
+        assert self.rest is not None
+        first, _ = self.part
+        return self.rest[start - first : stop - first]
+
+
+def _dense_strides(parameter: Tensor) -> tuple[int, ...]:
+    """Strides to lay a parameter out with.
+
+    Its own if its elements fill one block of memory (channels-last, transposed), else those of a contiguous tensor.
+    """
+    expected = 1
+    for size, stride in sorted(zip(parameter.shape, parameter.stride(), strict=True), key=lambda pair: pair[::-1]):
+        if size > 1:
+            if stride != expected:
+                return torch.empty(parameter.shape, device="meta").stride()
+            expected *= size
+    return parameter.stride()
+
+
+def _zeroing(unit: Unit, position: int) -> Callable[[], None]:
+    """Zero one gradient of a unit, without keeping the unit alive."""
+    reference = weakref.ref(unit)
+
+    def zero() -> None:
+        found = reference()
+        if found is not None:
+            found.zero_gradient(position)
+
+    return zero

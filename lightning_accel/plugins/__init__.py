@@ -1,0 +1,1 @@
+"""Lightning plugins that know the engine."""

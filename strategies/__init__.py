@@ -1,0 +1,20 @@
+"""Lightning Trainer strategies; their Fabric twins are in :mod:`lightning_accel.strategies.fabric`."""
+
+from lightning.fabric.strategies import STRATEGY_REGISTRY
+from lightning.pytorch.strategies import StrategyRegistry
+
+from lightning_accel.strategies import fabric
+from lightning_accel.strategies.ddp import AccelDDPStrategy
+from lightning_accel.strategies.standalone import refuse
+from lightning_accel.strategies.zero import AccelZeROStrategy
+
+__all__ = ["AccelDDPStrategy", "AccelZeROStrategy", "register"]
+
+
+def register() -> None:
+    """Make the strategies' names known to the Trainer and to Fabric."""
+    AccelDDPStrategy.register_strategies(StrategyRegistry)
+    AccelZeROStrategy.register_strategies(StrategyRegistry)
+    fabric.AccelDDPStrategy.register_strategies(STRATEGY_REGISTRY)
+    fabric.AccelZeROStrategy.register_strategies(STRATEGY_REGISTRY)
+    refuse(name for name in StrategyRegistry if name.startswith("accel_"))

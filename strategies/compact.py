@@ -1,0 +1,43 @@
+"""Checkpoint files hold what they name, not the flat buffers it lies in."""
+
+from __future__ import annotations
+
+from collections import Counter
+from typing import Any
+
+from lightning_utilities.core.apply_func import apply_to_collection
+from torch import Tensor
+
+
+def compact(checkpoint: Any) -> Any:
+    """Copy tensors that use only a part of the memory they view.
+
+    Saving a view saves all of the memory behind it, once. For a whole model that is the model and nothing is copied
+    here; a state dict with a few parameters picked out would drag whole units along.
+
+    Args:
+        checkpoint: Any nest of collections.
+
+    Returns:
+        The same nest; it shares all tensors that need no copy.
+
+    """
+    used: Counter[int] = Counter()
+    seen: set[tuple[int, int, int]] = set()
+
+    def count(tensor: Tensor) -> Tensor:
+        storage = tensor.untyped_storage()
+        place = (storage.data_ptr(), int(tensor.storage_offset()), tensor.numel())
+        if place not in seen:  # tied parameters are in the file once
+            seen.add(place)
+            used[storage.data_ptr()] += tensor.numel() * tensor.element_size()
+        return tensor
+
+    def copy(tensor: Tensor) -> Tensor:
+        storage = tensor.untyped_storage()
+        # Padding is at most a few KiB a unit; anything more is memory of tensors that are not saved.
+        wasteful = storage.nbytes() - used[storage.data_ptr()] > max(4096, storage.nbytes() // 100)
+        return tensor.clone() if wasteful else tensor
+
+    apply_to_collection(checkpoint, Tensor, count)
+    return apply_to_collection(checkpoint, Tensor, copy)

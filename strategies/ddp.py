@@ -1,0 +1,29 @@
+"""accel_ddp for the Trainer."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from typing_extensions import override
+
+from lightning_accel.strategies.trainer import AccelStrategy
+
+
+class AccelDDPStrategy(AccelStrategy):
+    """Data parallel: every rank keeps the whole model, its gradients and the optimizer state; gradients all-reduce.
+
+    Args:
+        kwargs: See :class:`~lightning_accel.strategies.trainer.AccelStrategy`: ``units``, ``bucket_cap_mb``,
+            ``compile``, ``process_group_backend``, ``timeout``, ``start_method`` and Lightning's own.
+
+    """
+
+    strategy_name = "accel_ddp"
+
+    def __init__(self, **kwargs: Any) -> None:
+        super().__init__("ddp", **kwargs)
+
+    @classmethod
+    @override
+    def registered(cls) -> dict[str, dict[str, Any]]:
+        return {"ddp": {}}

@@ -1,0 +1,313 @@
+"""The same strategies for Lightning Fabric."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from contextlib import AbstractContextManager, ExitStack, nullcontext
+from datetime import timedelta
+from typing import Any, Literal
+
+import torch
+from lightning.fabric.accelerators import Accelerator
+from lightning.fabric.plugins import CheckpointIO, ClusterEnvironment, Precision
+from lightning.fabric.plugins.collectives.torch_collective import default_pg_timeout
+from lightning.fabric.strategies import DDPStrategy, _StrategyRegistry
+from lightning.fabric.strategies.strategy import _BackwardSyncControl
+from lightning.fabric.utilities.types import ReduceOp
+from torch import Tensor, nn
+from torch.optim import Optimizer
+from typing_extensions import override
+
+from lightning_accel.core import Engine, Rest
+from lightning_accel.core.partition import Units
+from lightning_accel.core.placement import find_row
+from lightning_accel.plugins.precision import engine_optimizer, require_no_scaler
+from lightning_accel.strategies.compact import compact
+from lightning_accel.strategies.options import EngineOptions, is_compiled, reject_unknown
+from lightning_accel.strategies.trainer import START_METHODS
+from lightning_accel.strategies.zero import STAGES, row_of_stage
+
+__all__ = ["AccelDDPStrategy", "AccelZeROStrategy", "EngineModule"]
+
+
+class EngineModule(nn.Module):
+    """A module together with the engine that trains it: what ``fabric.setup`` wraps.
+
+    Args:
+        module: The user's module.
+        engine: Its engine.
+
+    """
+
+    engine: Engine
+    module: nn.Module
+
+    def __init__(self, module: nn.Module, engine: Engine) -> None:
+        super().__init__()
+        self.module = module
+        self.engine = engine
+        self._compiled = is_compiled(module)
+
+    @override
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        """Call the module."""
+        self.engine.before_forward(compiled=self._compiled)
+        return self.module(*args, **kwargs)
+
+
+class AccelFabricStrategy(DDPStrategy):
+    """Base of the Fabric strategies. It derives from Fabric's ``DDPStrategy`` for launching and process groups.
+
+    Args:
+        row: Name of the placement row.
+        accelerator: As for Fabric's strategies, likewise the next four.
+        parallel_devices: The devices of this node.
+        cluster_environment: Where ranks and addresses come from.
+        checkpoint_io: Reads and writes checkpoint files.
+        precision: The precision.
+        units: Names or classes of modules whose parameters are reduced and gathered together. Default: the members of
+            the model's repeated block class.
+        bucket_cap_mb: Neighbouring units are joined up to this size, in MiB.
+        compile: Compile each unit's module: True, or keyword arguments for ``torch.compile``.
+        process_group_backend: ``"gloo"``, ``"nccl"``, …; by default what suits the device.
+        timeout: Longest wait for a collective.
+        start_method: How the ranks of this node are started: ``"popen"``, ``"spawn"`` or ``"fork"``.
+        unknown: Options that do not exist; refused.
+
+    """
+
+    def __init__(
+        self,
+        row: str,
+        accelerator: Accelerator | None = None,
+        parallel_devices: list[torch.device] | None = None,
+        cluster_environment: ClusterEnvironment | None = None,
+        checkpoint_io: CheckpointIO | None = None,
+        precision: Precision | None = None,
+        units: Units | None = None,
+        bucket_cap_mb: float = 25.0,
+        compile: bool | Mapping[str, Any] = False,
+        process_group_backend: str | None = None,
+        timeout: timedelta | None = default_pg_timeout,
+        start_method: Literal["popen", "spawn", "fork"] = "popen",
+        **unknown: Any,
+    ) -> None:
+        reject_unknown(type(self), unknown)
+        if start_method not in START_METHODS.values():
+            raise ValueError(f"Expected start_method to be 'popen', 'spawn' or 'fork', got {start_method!r}.")
+        super().__init__(
+            accelerator=accelerator,
+            parallel_devices=parallel_devices,
+            cluster_environment=cluster_environment,
+            checkpoint_io=checkpoint_io,
+            precision=precision,
+            process_group_backend=process_group_backend,
+            timeout=timeout,
+            start_method=start_method,
+        )
+        self.row = find_row(row)
+        self._options = EngineOptions(units=units, bucket_cap_mb=bucket_cap_mb, compile=compile)
+        self._backward_sync_control = _EngineSyncControl()
+        self.engines: list[Engine] = []
+        """One for each module that was set up."""
+
+    # ------------------------------------------------------------------ set-up
+
+    @override
+    def setup_module(self, module: nn.Module) -> EngineModule:  # type: ignore[override]
+        """Start an engine for a module. All ranks take part."""
+        if self.row.gradients is Rest.SHARDED:
+            require_no_scaler(self.precision, self.row.name)
+        engine = self._options.start(module, self.row.name)
+        self.engines.append(engine)
+        return EngineModule(module, engine)
+
+    @override
+    def setup_module_and_optimizers(
+        self, module: nn.Module, optimizers: list[Optimizer], scheduler: Any = None
+    ) -> tuple[nn.Module, list[Optimizer], Any]:
+        """Start an engine for a module and its optimizers."""
+        wrapped = self.setup_module(module)
+        for optimizer in optimizers:
+            wrapped.engine.add_optimizer(optimizer)
+        wrapped.engine.build()
+        return wrapped, optimizers, scheduler
+
+    @override
+    def setup_optimizer(self, optimizer: Optimizer) -> Optimizer:
+        """Give an optimizer to the engine that has its parameters.
+
+        Raises:
+            ValueError: If no module that was set up has them.
+
+        """
+        first = next((p for group in optimizer.param_groups for p in group["params"]), None)
+        for engine in self.engines:
+            if first in engine.names:
+                engine.add_optimizer(optimizer)
+                engine.build()
+                return optimizer
+        raise ValueError(
+            f"Expected the parameters of {type(optimizer).__name__} to belong to a module that was set up, but none of"
+            f" {len(self.engines)} modules has them. Call fabric.setup(module, optimizer), or fabric.setup_module"
+            " before fabric.setup_optimizers."
+        )
+
+    # ------------------------------------------------------------------- steps
+
+    @override
+    def backward(self, tensor: Tensor, module: nn.Module | None, *args: Any, **kwargs: Any) -> None:
+        """Run backward with the gradients of every module that was set up reduced as the row says."""
+        self.precision.pre_backward(tensor, module)
+        with ExitStack() as stack:
+            for engine in self.engines:
+                stack.enter_context(engine.backward_context())
+            self.precision.backward(tensor, module, *args, **kwargs)
+        self.precision.post_backward(tensor, module)
+
+    @override
+    def clip_gradients_norm(
+        self,
+        module: nn.Module,
+        optimizer: Optimizer,
+        max_norm: float | int,
+        norm_type: float | int = 2.0,
+        error_if_nonfinite: bool = True,
+    ) -> Tensor:
+        """Clip by the global norm; returns it."""
+        added = engine_optimizer(optimizer)
+        if added is None:
+            return super().clip_gradients_norm(module, optimizer, max_norm, norm_type, error_if_nonfinite)
+        self.precision.unscale_gradients(added.optimizer)
+        return added.engine.clip_grad_norm_(added.optimizer, max_norm, norm_type, error_if_nonfinite)
+
+    @override
+    def clip_gradients_value(self, module: nn.Module, optimizer: Optimizer, clip_val: float | int) -> None:
+        """Clamp gradients to ``[-clip_val, clip_val]``."""
+        added = engine_optimizer(optimizer)
+        if added is None:
+            super().clip_gradients_value(module, optimizer, clip_val)
+            return
+        self.precision.unscale_gradients(added.optimizer)
+        added.engine.clip_grad_value_(added.optimizer, clip_val)
+
+    @override
+    def all_reduce(
+        self, tensor: Tensor | Any, group: Any | None = None, reduce_op: ReduceOp | str | None = "mean"
+    ) -> Tensor | Any:
+        """Reduce a tensor over ranks; the mean of integers is a fraction."""
+        mean = isinstance(reduce_op, str) and reduce_op.lower() in ("mean", "avg")
+        if mean and isinstance(tensor, Tensor) and not (tensor.is_floating_point() or tensor.is_complex()):
+            tensor = tensor.to(torch.get_default_dtype())
+        return super().all_reduce(tensor, group, reduce_op)
+
+    # ------------------------------------------------------------- checkpoints
+
+    @override
+    def get_module_state_dict(self, module: nn.Module) -> dict[str, Any]:
+        """The state of the user's module."""
+        return super().get_module_state_dict(_inner(module))
+
+    @override
+    def load_module_state_dict(self, module: nn.Module, state_dict: dict[str, Any], strict: bool = True) -> None:
+        """Load into the user's module."""
+        super().load_module_state_dict(_inner(module), state_dict, strict)
+
+    @override
+    def save_checkpoint(
+        self,
+        path: Any,
+        state: dict[str, Any],
+        storage_options: Any | None = None,
+        filter: dict[str, Callable[[str, Any], bool]] | None = None,
+    ) -> None:
+        """Save whole parameters and whole optimizer states; rank 0 writes, all ranks take part."""
+        converted = self._convert_stateful_objects_in_state(state, filter=(filter or {}))
+        if self.is_global_zero:
+            self.checkpoint_io.save_checkpoint(
+                checkpoint=compact(converted), path=path, storage_options=storage_options
+            )
+
+    # --------------------------------------------------------------------- end
+
+    @override
+    def teardown(self) -> None:
+        """Close the engines. Fabric itself never calls this; engines finish what is under way at exit."""
+        for engine in self.engines:
+            engine.close()
+        self.engines.clear()
+        super().teardown()
+
+    @classmethod
+    @override
+    def register_strategies(cls, strategy_registry: _StrategyRegistry) -> None:
+        for row, arguments in cls.registered().items():
+            for suffix, start_method in START_METHODS.items():
+                name = f"accel_{row}{suffix}"
+                if name not in strategy_registry:
+                    strategy_registry.register(
+                        name,
+                        cls,
+                        description=f"{cls.__name__}, row {row}, ranks started by {start_method}",
+                        start_method=start_method,
+                        **arguments,
+                    )
+
+    @classmethod
+    def registered(cls) -> dict[str, dict[str, Any]]:
+        """Rows that the class stands for, with the arguments that choose them."""
+        return {}
+
+
+class AccelDDPStrategy(AccelFabricStrategy):
+    """Data parallel; see :class:`lightning_accel.strategies.AccelDDPStrategy`.
+
+    Args:
+        kwargs: See :class:`AccelFabricStrategy`.
+
+    """
+
+    def __init__(self, **kwargs: Any) -> None:
+        super().__init__("ddp", **kwargs)
+
+    @classmethod
+    @override
+    def registered(cls) -> dict[str, dict[str, Any]]:
+        return {"ddp": {}}
+
+
+class AccelZeROStrategy(AccelFabricStrategy):
+    """ZeRO stages 1 and 2; see :class:`lightning_accel.strategies.AccelZeROStrategy`.
+
+    Args:
+        stage: 1 or 2.
+        kwargs: See :class:`AccelFabricStrategy`.
+
+    """
+
+    def __init__(self, stage: int = 2, **kwargs: Any) -> None:
+        super().__init__(row_of_stage(stage), **kwargs)
+        self.stage = stage
+
+    @classmethod
+    @override
+    def registered(cls) -> dict[str, dict[str, Any]]:
+        return {row: {"stage": stage} for stage, row in STAGES.items()}
+
+
+class _EngineSyncControl(_BackwardSyncControl):
+    @override
+    def no_backward_sync(self, module: nn.Module, enabled: bool) -> AbstractContextManager[None]:
+        """Within it, rows whose gradients accumulate on each rank send nothing."""
+        if not enabled:
+            return nullcontext()
+        if not isinstance(module, EngineModule):
+            raise TypeError(
+                "Expected the module that fabric.setup returned to fabric.no_backward_sync, got"
+                f" {type(module).__name__}."
+            )
+        return module.engine.no_sync()
+
+
+def _inner(module: nn.Module) -> nn.Module:
+    return module.module if isinstance(module, EngineModule) else module

@@ -1,0 +1,97 @@
+"""The settings that all strategies share, and what a user of other strategies may try instead."""
+
+from __future__ import annotations
+
+import difflib
+import inspect
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from torch import nn
+
+from lightning_accel.core import Engine
+from lightning_accel.core.partition import Units
+
+_NOT_NEEDED = {
+    "find_unused_parameters": "unused parameters are always found",
+    "static_graph": "parameters may be used any number of times",
+    "gradient_as_bucket_view": "gradients are always views of flat buffers",
+    "broadcast_buffers": "buffers follow rank 0's whenever they change",
+    "device_ids": "the Trainer's or Fabric's `devices` says it",
+    "output_device": "the Trainer's or Fabric's `devices` says it",
+    "delay_all_reduce_named_params": "reductions start when gradients are there",
+}
+_NOT_OFFERED = {
+    "ddp_comm_hook": "gradients are reduced by the engine; use Lightning's strategy='ddp' for communication hooks",
+    "ddp_comm_state": "gradients are reduced by the engine; use Lightning's strategy='ddp' for communication hooks",
+    "ddp_comm_wrapper": "gradients are reduced by the engine; use Lightning's strategy='ddp' for communication hooks",
+    "model_averaging_period": "use Lightning's strategy='ddp' for post-local SGD",
+}
+
+
+@dataclass(frozen=True, kw_only=True)
+class EngineOptions:
+    """How the engine lays a model out."""
+
+    units: Units | None = None
+    """Names or classes of modules whose parameters are reduced and gathered together."""
+    bucket_cap_mb: float = 25.0
+    """Neighbouring units are joined up to this size, in MiB."""
+    compile: bool | Mapping[str, Any] = False
+    """Compile each unit's module: True, or keyword arguments for ``torch.compile``."""
+
+    def __post_init__(self) -> None:
+        if not self.bucket_cap_mb > 0:
+            raise ValueError(f"Expected bucket_cap_mb to be positive, got {self.bucket_cap_mb}.")
+
+    def start(self, module: nn.Module, row: str) -> Engine:
+        """An engine for a module on its device. All ranks take part."""
+        engine = Engine(module, row, units=self.units, bucket_cap_mb=self.bucket_cap_mb)
+        if self.compile is not False:
+            arguments = {} if self.compile is True else dict(self.compile)
+            for block in engine.blocks.values():
+                block.compile(**arguments)
+        return engine
+
+
+def is_compiled(module: nn.Module) -> bool:
+    """Whether any part of a module runs compiled."""
+    return getattr(module, "_compiler_ctx", None) is not None or any(
+        hasattr(part, "_orig_mod") or getattr(part, "_compiled_call_impl", None) is not None
+        for part in module.modules()
+    )
+
+
+def reject_unknown(strategy: type, unknown: Mapping[str, Any]) -> None:
+    """Raise if options were given that a strategy does not have.
+
+    Raises:
+        TypeError: Says for each what it was probably meant to be, or why it is not needed.
+
+    """
+    if not unknown:
+        return
+    constructors = [
+        vars(base)["__init__"] for base in strategy.__mro__ if "Accel" in base.__name__ and "__init__" in vars(base)
+    ]
+    known = list(
+        dict.fromkeys(
+            name
+            for constructor in constructors
+            for name, parameter in inspect.signature(constructor).parameters.items()
+            if parameter.kind is not parameter.VAR_KEYWORD and name not in ("self", "row")
+        )
+    )
+    lines = []
+    for name in unknown:
+        near = difflib.get_close_matches(name, known, n=1)
+        if name in _NOT_NEEDED:
+            lines.append(f"{name!r} is not needed: {_NOT_NEEDED[name]}. Leave it out.")
+        elif name in _NOT_OFFERED:
+            lines.append(f"{name!r} is not offered: {_NOT_OFFERED[name]}.")
+        elif near:
+            lines.append(f"{name!r} is unknown. Did you mean {near[0]!r}?")
+        else:
+            lines.append(f"{name!r} is unknown.")
+    raise TypeError(f"{strategy.__name__}: {' '.join(lines)} Options are {', '.join(known)}.")

@@ -1,0 +1,293 @@
+"""What the Trainer's accel strategies have in common: Lightning's names for what the engine does."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from datetime import timedelta
+from typing import Any, Literal
+
+import lightning.pytorch as pl
+import torch
+from lightning.fabric.plugins import CheckpointIO, ClusterEnvironment
+from lightning.fabric.plugins.collectives.torch_collective import default_pg_timeout
+from lightning.fabric.strategies import _StrategyRegistry
+from lightning.fabric.utilities.optimizer import _optimizers_to_device
+from lightning.fabric.utilities.types import ReduceOp
+from lightning.pytorch.core.optimizer import LightningOptimizer, _MockOptimizer
+from lightning.pytorch.plugins.io.wrapper import _WrappingCheckpointIO
+from lightning.pytorch.plugins.precision import Precision
+from lightning.pytorch.strategies import DDPStrategy
+from lightning.pytorch.strategies.launchers import _SubprocessScriptLauncher
+from lightning.pytorch.trainer.states import TrainerFn
+from lightning.pytorch.utilities.types import STEP_OUTPUT
+from torch import Tensor
+from torch.optim import Optimizer
+from typing_extensions import override
+
+from lightning_accel.core import Engine, Rest
+from lightning_accel.core.agreement import synchronise
+from lightning_accel.core.partition import Units
+from lightning_accel.core.placement import find_row
+from lightning_accel.plugins.precision import require_no_scaler, with_engine_clipping
+from lightning_accel.strategies.compact import compact
+from lightning_accel.strategies.failure import end_children_at_exit, explain
+from lightning_accel.strategies.options import EngineOptions, is_compiled, reject_unknown
+
+START_METHODS: dict[str, Literal["popen", "spawn", "fork"]] = {
+    "": "popen",
+    "_spawn": "spawn",
+    "_fork": "fork",
+    "_notebook": "fork",
+}
+"""Suffixes of registered names, and the way each starts its processes."""
+
+
+class AccelStrategy(DDPStrategy):
+    """Base of the Trainer strategies.
+
+    It derives from Lightning's ``DDPStrategy`` for what is no concern of the engine: launching, process groups,
+    cluster environments, barriers. Lightning also looks for that class in several places (samplers for the ranks,
+    ``sync_dist``, compiled modules).
+
+    Args:
+        row: Name of the placement row.
+        accelerator: As for Lightning's strategies, likewise the next four.
+        parallel_devices: The devices of this node.
+        cluster_environment: Where ranks and addresses come from.
+        checkpoint_io: Reads and writes checkpoint files.
+        precision_plugin: The precision.
+        units: Names or classes of modules whose parameters are reduced and gathered together. Default: the members of
+            the model's repeated block class.
+        bucket_cap_mb: Neighbouring units are joined up to this size, in MiB.
+        compile: Compile each unit's module: True, or keyword arguments for ``torch.compile``.
+        process_group_backend: ``"gloo"``, ``"nccl"``, …; by default what suits the device.
+        timeout: Longest wait for a collective.
+        start_method: How the ranks of this node are started: ``"popen"``, ``"spawn"`` or ``"fork"``.
+        unknown: Options that do not exist; refused.
+
+    """
+
+    engine: Engine | None
+    """The engine of the current or last fit; None before and in other stages."""
+
+    def __init__(
+        self,
+        row: str,
+        accelerator: pl.accelerators.Accelerator | None = None,
+        parallel_devices: list[torch.device] | None = None,
+        cluster_environment: ClusterEnvironment | None = None,
+        checkpoint_io: CheckpointIO | None = None,
+        precision_plugin: Precision | None = None,
+        units: Units | None = None,
+        bucket_cap_mb: float = 25.0,
+        compile: bool | Mapping[str, Any] = False,
+        process_group_backend: str | None = None,
+        timeout: timedelta | None = default_pg_timeout,
+        start_method: Literal["popen", "spawn", "fork"] = "popen",
+        **unknown: Any,
+    ) -> None:
+        reject_unknown(type(self), unknown)
+        if start_method not in START_METHODS.values():
+            raise ValueError(f"Expected start_method to be 'popen', 'spawn' or 'fork', got {start_method!r}.")
+        super().__init__(
+            accelerator=accelerator,
+            parallel_devices=parallel_devices,
+            cluster_environment=cluster_environment,
+            checkpoint_io=checkpoint_io,
+            precision_plugin=precision_plugin,
+            process_group_backend=process_group_backend,
+            timeout=timeout,
+            start_method=start_method,
+        )
+        self.row = find_row(row)
+        self._options = EngineOptions(units=units, bucket_cap_mb=bucket_cap_mb, compile=compile)
+        self.engine = None
+        self._compiled = False
+        self._failed = False
+
+    # ---------------------------------------------------------------- plugins
+
+    @property
+    @override
+    def is_distributed(self) -> bool:
+        """Lightning injects samplers and reduces metrics by this."""
+        return True
+
+    @property
+    @override
+    def precision_plugin(self) -> Precision:
+        """The precision plugin, which clips through the engine."""
+        return super().precision_plugin
+
+    @precision_plugin.setter
+    def precision_plugin(self, precision_plugin: Precision | None) -> None:
+        self._precision_plugin = None if precision_plugin is None else with_engine_clipping(precision_plugin)
+
+    @property
+    @override
+    def checkpoint_io(self) -> CheckpointIO:
+        """What reads and writes checkpoint files; the one that a wrapping plugin was given is kept."""
+        wrapper = self._checkpoint_io
+        if isinstance(wrapper, _WrappingCheckpointIO) and wrapper.checkpoint_io is not None:
+            return wrapper
+        return super().checkpoint_io
+
+    @checkpoint_io.setter
+    def checkpoint_io(self, io: CheckpointIO) -> None:
+        self._checkpoint_io = io
+
+    # ------------------------------------------------------------------ set-up
+
+    @override
+    def setup(self, trainer: pl.Trainer) -> None:
+        assert self.accelerator is not None
+        assert self.model is not None
+        self.accelerator.setup(trainer)
+        fitting = trainer.state.fn == TrainerFn.FITTING
+        if fitting and self._layer_sync:
+            self.model = self._layer_sync.apply(self.model)
+        # Inference tensors cannot be written to later: buffers that evaluation creates would break training.
+        for loop in (trainer.fit_loop.epoch_loop.val_loop, trainer.validate_loop, trainer.test_loop):
+            loop.inference_mode = False
+        trainer.predict_loop.inference_mode = False
+        self.model = self.precision_plugin.convert_module(self.model)
+        self.model_to_device()
+        self._failed = False
+        self.engine = None
+        if fitting:
+            if self.row.gradients is Rest.SHARDED:
+                require_no_scaler(self.precision_plugin, self.row.name)
+            self.engine = self._options.start(self.model, self.row.name)
+            self._compiled = is_compiled(self.model)
+            self.setup_optimizers(trainer)
+            for optimizer in map(_unwrap, self.optimizers):
+                if not isinstance(optimizer, _MockOptimizer):
+                    self.engine.add_optimizer(optimizer)
+            self.engine.build()
+        else:
+            synchronise(self.model)
+        self.setup_precision_plugin()
+        if fitting:
+            _optimizers_to_device(self.optimizers, self.root_device)
+
+    # ------------------------------------------------------------------- steps
+
+    def _before_forward(self) -> None:
+        if self.engine is not None:
+            self.engine.before_forward(compiled=self._compiled)
+
+    @override
+    def training_step(self, *args: Any, **kwargs: Any) -> STEP_OUTPUT:
+        self._before_forward()
+        return super().training_step(*args, **kwargs)
+
+    @override
+    def validation_step(self, *args: Any, **kwargs: Any) -> STEP_OUTPUT:
+        self._before_forward()
+        return super().validation_step(*args, **kwargs)
+
+    @override
+    def test_step(self, *args: Any, **kwargs: Any) -> STEP_OUTPUT:
+        self._before_forward()
+        return super().test_step(*args, **kwargs)
+
+    @override
+    def predict_step(self, *args: Any, **kwargs: Any) -> Any:
+        self._before_forward()
+        return super().predict_step(*args, **kwargs)
+
+    @override
+    def backward(self, closure_loss: Tensor, optimizer: Optimizer | None, *args: Any, **kwargs: Any) -> Tensor:
+        assert self.lightning_module is not None
+        assert self.engine is not None, "backward outside of fit"
+        self.pre_backward(closure_loss)
+        closure_loss = self.precision_plugin.pre_backward(closure_loss, self.lightning_module)
+        # Gradients are reduced when this is left: ``on_after_backward`` sees them as they will be stepped with.
+        with self.engine.backward_context():
+            self.precision_plugin.backward(closure_loss, self.lightning_module, optimizer, *args, **kwargs)
+        closure_loss = self.precision_plugin.post_backward(closure_loss, self.lightning_module)
+        self.post_backward(closure_loss)
+        return closure_loss
+
+    @contextmanager
+    @override
+    def block_backward_sync(self) -> Iterator[None]:
+        """Within it, rows whose gradients accumulate on each rank send nothing."""
+        if self.engine is None:
+            yield
+        else:
+            with self.engine.no_sync():
+                yield
+
+    @override
+    def reduce(
+        self, tensor: Tensor | Any, group: Any | None = None, reduce_op: ReduceOp | str | None = "mean"
+    ) -> Tensor | Any:
+        """Reduce a tensor over ranks; the mean of integers is a fraction."""
+        mean = isinstance(reduce_op, str) and reduce_op.lower() in ("mean", "avg")
+        if mean and isinstance(tensor, Tensor) and not (tensor.is_floating_point() or tensor.is_complex()):
+            tensor = tensor.to(torch.get_default_dtype())
+        return super().reduce(tensor, group, reduce_op)
+
+    # ------------------------------------------------------------- checkpoints
+
+    @override
+    def optimizer_state(self, optimizer: Optimizer) -> dict[str, Any]:
+        """The state of whole parameters: on rank 0; on the others as well if it rests replicated, else ``{}``."""
+        return _unwrap(optimizer).state_dict()
+
+    @override
+    def load_optimizer_state_dict(self, checkpoint: Mapping[str, Any]) -> None:
+        states = checkpoint["optimizer_states"]
+        if len(states) != len(self.optimizers):
+            raise ValueError(
+                f"Expected a checkpoint with the state of {len(self.optimizers)} optimizers, got that of {len(states)}."
+                " It was made with another configure_optimizers."
+            )
+        super().load_optimizer_state_dict(checkpoint)
+
+    @override
+    def save_checkpoint(self, checkpoint: dict[str, Any], filepath: Any, storage_options: Any | None = None) -> None:
+        if self.is_global_zero:
+            super().save_checkpoint(compact(checkpoint), filepath, storage_options)
+
+    # --------------------------------------------------------------------- end
+
+    @override
+    def on_exception(self, exception: BaseException) -> None:
+        explain(exception)
+        self._failed = not isinstance(exception, KeyboardInterrupt)
+        if self._failed and isinstance(self._launcher, _SubprocessScriptLauncher):
+            end_children_at_exit(self._launcher.procs)
+
+    @override
+    def teardown(self) -> None:
+        if self.engine is not None:
+            # After a failure nobody may answer any more.
+            self.engine.close(abandon=self._failed)
+        super().teardown()
+
+    @classmethod
+    @override
+    def register_strategies(cls, strategy_registry: _StrategyRegistry) -> None:
+        for row, arguments in cls.registered().items():
+            for suffix, start_method in START_METHODS.items():
+                name = f"accel_{row}{suffix}"
+                if name not in strategy_registry:
+                    strategy_registry.register(
+                        name,
+                        cls,
+                        description=f"{cls.__name__}, row {row}, ranks started by {start_method}",
+                        start_method=start_method,
+                        **arguments,
+                    )
+
+    @classmethod
+    def registered(cls) -> dict[str, dict[str, Any]]:
+        """Rows that the class stands for, with the arguments that choose them."""
+        return {}
+
+
+def _unwrap(optimizer: Optimizer) -> Optimizer:
+    return optimizer._optimizer if isinstance(optimizer, LightningOptimizer) else optimizer

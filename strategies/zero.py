@@ -1,0 +1,49 @@
+"""accel_zero1 and accel_zero2 for the Trainer."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from typing_extensions import override
+
+from lightning_accel.strategies.trainer import AccelStrategy
+
+STAGES = {1: "zero1", 2: "zero2"}
+"""The row of each ZeRO stage."""
+
+
+class AccelZeROStrategy(AccelStrategy):
+    """ZeRO: every rank keeps the whole parameters, but only its part of the optimizer state and of the gradients.
+
+    Rajbhandari et al., "ZeRO: Memory Optimizations Toward Training Trillion Parameter Models", 2020.
+
+    Args:
+        stage: 1: gradients are added up on each rank until the accumulation boundary, then reduce-scattered. 2: they
+            are reduce-scattered in every backward, so that no rank keeps more than its part.
+        kwargs: See :class:`~lightning_accel.strategies.trainer.AccelStrategy`: ``units``, ``bucket_cap_mb``,
+            ``compile``, ``process_group_backend``, ``timeout``, ``start_method`` and Lightning's own.
+
+    """
+
+    strategy_name = "accel_zero"
+
+    def __init__(self, stage: int = 2, **kwargs: Any) -> None:
+        super().__init__(row_of_stage(stage), **kwargs)
+        self.stage = stage
+
+    @classmethod
+    @override
+    def registered(cls) -> dict[str, dict[str, Any]]:
+        return {row: {"stage": stage} for stage, row in STAGES.items()}
+
+
+def row_of_stage(stage: int) -> str:
+    """The placement row of a ZeRO stage.
+
+    Raises:
+        ValueError: If there is no such stage.
+
+    """
+    if stage not in STAGES:
+        raise ValueError(f"Expected stage to be one of {', '.join(map(str, STAGES))}, got {stage!r}.")
+    return STAGES[stage]

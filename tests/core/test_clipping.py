@@ -1,0 +1,65 @@
+import math
+
+import pytest
+import torch
+
+from lightning_accel.core.clipping import clip_grad_norm, clip_grad_value, grad_norm
+
+
+class Alone:
+    rank, ranks, device = 0, 1, torch.device("cpu")
+
+    def sum_scalar(self, value, *, maximum=False):
+        return value
+
+
+def gradients():
+    torch.manual_seed(0)
+    return [torch.randn(5), torch.randn(7)]
+
+
+@pytest.mark.parametrize("p", [1.0, 2.0, 3.5, math.inf])
+@pytest.mark.parametrize("sharded", [False, True])
+def test_the_norm_is_that_of_one_long_vector(p, sharded):
+    found = grad_norm(gradients(), p, sharded, Alone())
+    # Summation order differs: a few units in the last place of fp32.
+    torch.testing.assert_close(found, torch.linalg.vector_norm(torch.cat(gradients()), p), rtol=1e-6, atol=0)
+
+
+@pytest.mark.parametrize("max_norm", [0.5, 1e6])
+def test_it_clips_as_torch_does(max_norm):
+    ours, theirs = gradients(), [torch.nn.Parameter(torch.zeros_like(g)) for g in gradients()]
+    for parameter, gradient in zip(theirs, gradients(), strict=True):
+        parameter.grad = gradient
+    norm = clip_grad_norm(ours, max_norm, 2.0, False, False, Alone())
+    expected = torch.nn.utils.clip_grad_norm_(theirs, max_norm)
+    assert torch.equal(norm, expected)
+    assert all(torch.equal(o, t.grad) for o, t in zip(ours, theirs, strict=True))
+
+
+def test_a_norm_that_is_not_finite_can_be_an_error_and_changes_nothing():
+    ours = [torch.tensor([1.0, math.inf])]
+    with pytest.raises(RuntimeError, match="norm of order 2.0 of the gradients is inf"):
+        clip_grad_norm(ours, 1.0, 2.0, True, False, Alone())
+    assert ours[0].tolist() == [1.0, math.inf]
+
+
+def test_no_gradients_have_norm_zero():
+    assert clip_grad_norm([], 1.0, 2.0, True, True, Alone()).item() == 0.0
+    assert grad_norm([], 2.0, False, Alone()).item() == 0.0
+
+
+def test_bad_limits():
+    with pytest.raises(ValueError, match="max_norm >= 0"):
+        clip_grad_norm(gradients(), -1.0, 2.0, False, False, Alone())
+    with pytest.raises(ValueError, match="norm_type > 0"):
+        clip_grad_norm(gradients(), 1.0, 0.0, False, False, Alone())
+    with pytest.raises(ValueError, match="clip_value >= 0"):
+        clip_grad_value(gradients(), -1.0)
+
+
+def test_by_value():
+    ours = gradients()
+    clip_grad_value(ours, 0.25)
+    assert torch.equal(torch.cat(ours), torch.cat(gradients()).clamp(-0.25, 0.25))
+    clip_grad_value([], 0.25)

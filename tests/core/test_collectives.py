@@ -1,0 +1,125 @@
+"""Each implementation of the collectives does the same, on even and uneven parts."""
+
+import pytest
+import torch
+import torch.distributed as dist
+
+from lightning_accel.core.collectives import GlooCollectives, TorchCollectives, connect
+from lightning_accel.core.direct import DirectCollectives
+from lightning_accel.core.layout import even_layout, owned_layout
+
+LAYOUTS = {
+    "even": lambda ranks: even_layout([(5, 5), (7,)], ranks),
+    "uneven": lambda ranks: owned_layout([5, 9, 2], [0, 0, ranks - 1], ranks),  # of three ranks, one has nothing
+}
+KINDS = {"direct": DirectCollectives, "gloo": GlooCollectives, "generic": TorchCollectives}
+
+
+def contribution(rank, total, dtype):
+    return (torch.arange(total) * 3 + 100 * rank).to(dtype)
+
+
+def expected_sum(ranks, total, dtype):
+    return sum(contribution(rank, total, dtype) for rank in range(ranks))
+
+
+def exchange(kind, layout_name, dtype, in_place):
+    rank, ranks = dist.get_rank(), dist.get_world_size()
+    collectives = KINDS[kind](torch.device("cpu"), None, None)
+    layout = LAYOUTS[layout_name](ranks)
+    start, stop = layout.part(rank)
+    whole = expected_sum(ranks, layout.total, dtype)
+
+    buffer = contribution(rank, layout.total, dtype)
+    out = buffer[start:stop] if in_place else torch.empty(stop - start, dtype=dtype)
+    collectives.reduce_scatter(buffer, layout, out).wait()
+    assert torch.equal(out, whole[start:stop])
+
+    gathered = torch.full((layout.total,), -1, dtype=dtype)
+    gathered[start:stop] = whole[start:stop]
+    collectives.all_gather(gathered, layout).wait()
+    assert torch.equal(gathered, whole)
+
+    reduced = contribution(rank, layout.total, dtype)
+    collectives.all_reduce(reduced, layout).wait()
+    assert torch.equal(reduced, whole)
+    return collectives.traffic.take()
+
+
+@pytest.mark.parametrize("world", [1, 2, 3], indirect=True)
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.complex64])
+def test_sums_and_gathers(world, kind, layout, dtype):
+    in_places = [True, False] if kind != "generic" else [False]
+    for in_place in in_places:
+        ranks = world.run(exchange, kind, layout, dtype, in_place)
+        size = LAYOUTS[layout](len(ranks)).total * dtype.itemsize
+        for kind_of_operation in ("reduce_scatter", "all_gather"):
+            # Whatever the cut, all ranks together send (N - 1) times the buffer.
+            assert sum(sent[kind_of_operation] for _, sent in ranks) == (len(ranks) - 1) * size
+        assert sum(sent["all_reduce"] for _, sent in ranks) == 2 * (len(ranks) - 1) * size
+        assert all(counts == {"reduce_scatter": 1, "all_gather": 1, "all_reduce": 1} for counts, _ in ranks)
+
+
+def several_under_way():
+    """Many operations started before any is waited for, some waited for out of order."""
+    rank, ranks = dist.get_rank(), dist.get_world_size()
+    collectives = connect(torch.device("cpu"))
+    layout = even_layout([(50,)], ranks)
+    buffers = [contribution(rank, layout.total, torch.float64) + i for i in range(6)]
+    operations = [collectives.all_reduce(buffer, layout) for buffer in buffers]
+    for operation in operations:
+        operation.advance()
+    for operation in reversed(operations):
+        operation.wait()
+    whole = expected_sum(ranks, layout.total, torch.float64)
+    return all(torch.equal(buffer, whole + ranks * i) for i, buffer in enumerate(buffers))
+
+
+def test_operations_under_way_do_not_mix(ranks3):
+    assert all(ranks3.run(several_under_way))
+
+
+def bits_of_all_reduce():
+    collectives = connect(torch.device("cpu"))
+    layout = even_layout([(1000,)], dist.get_world_size())
+    torch.manual_seed(dist.get_rank())
+    buffer = torch.randn(layout.total)
+    collectives.all_reduce(buffer, layout).wait()
+    return buffer
+
+
+def test_all_reduce_gives_every_rank_the_same_bits(ranks3):
+    first, *others = ranks3.run(bits_of_all_reduce)
+    assert all(torch.equal(first, other) for other in others)
+
+
+def small_ones():
+    collectives = connect(torch.device("cpu"))
+    rank, ranks = collectives.rank, collectives.ranks
+    flags = collectives.agree(torch.tensor([rank == 0, rank == 1, False], dtype=torch.uint8)).tolist()
+    total = collectives.sum_scalar(torch.tensor(float(rank + 1))).item()
+    largest = collectives.sum_scalar(torch.tensor(float(rank + 1)), maximum=True).item()
+    tensor = torch.full((3,), float(rank))
+    collectives.broadcast(tensor, source=ranks - 1)
+    differing = collectives.start_agreement([True, rank == 0, False]).differing()
+    return flags, total, largest, tensor.tolist(), collectives.gather_objects(rank), differing
+
+
+@pytest.mark.parametrize("world", [1, 2, 3], indirect=True)
+def test_small_messages(world):
+    found = world.run(small_ones)
+    n = len(found)
+    for flags, total, largest, tensor, objects, differing in found:
+        assert flags == [1, int(n > 1), 0]
+        assert total == n * (n + 1) / 2
+        assert largest == n
+        assert tensor == [n - 1.0] * 3
+        assert objects == list(range(n))
+        assert differing == ([1] if n > 1 else [])
+
+
+def test_without_a_process_group_the_error_says_how_to_get_one():
+    with pytest.raises(RuntimeError, match="torchrun"):
+        connect(torch.device("cpu"))

@@ -1,0 +1,42 @@
+from dataclasses import replace
+
+import pytest
+
+from lightning_accel.core.placement import ROWS, Rest, find_row
+
+
+def test_rows_are_what_the_table_says():
+    table = {name: (r.parameters, r.accumulating, r.gradients, r.optimizer_state) for name, r in ROWS.items()}
+    rep, sha = Rest.REPLICATED, Rest.SHARDED
+    assert table == {"ddp": (rep, rep, rep, rep), "zero1": (rep, rep, sha, sha), "zero2": (rep, sha, sha, sha)}
+
+
+def test_wire_bytes_are_those_of_theory():
+    # 2 psi (N-1)/N for one micro-batch under every row; zero2 reduces in every backward.
+    for row in ROWS.values():
+        assert row.wire_bytes(1000, ranks=4) == 2 * 1000 * 3 / 4
+    assert ROWS["ddp"].wire_bytes(1000, 4, backwards=3) == 1500
+    assert ROWS["zero1"].wire_bytes(1000, 4, backwards=3) == 1500
+    assert ROWS["zero2"].wire_bytes(1000, 4, backwards=3) == 4 * 1000 * 3 / 4
+
+
+@pytest.mark.parametrize(
+    ("name", "expected"),
+    [
+        ("ddp", {"parameters": 400, "gradients": 400, "optimizer_state": 800}),
+        ("zero1", {"parameters": 400, "gradients": 400, "optimizer_state": 200}),
+        ("zero2", {"parameters": 400, "gradients": 100, "optimizer_state": 200}),
+    ],
+)
+def test_rest_bytes_are_those_of_theory(name, expected):
+    assert ROWS[name].rest_bytes(400, ranks=4) == expected
+
+
+def test_an_unknown_row_names_the_known_ones():
+    with pytest.raises(ValueError, match="one of the placement rows ddp, zero1, zero2, got 'zero9'"):
+        find_row("zero9")
+
+
+def test_a_row_that_updates_shards_from_whole_gradients_is_no_row():
+    with pytest.raises(AssertionError, match="a shard updates a shard"):
+        replace(ROWS["ddp"], optimizer_state=Rest.SHARDED)

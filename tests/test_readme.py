@@ -1,0 +1,74 @@
+"""The README's Python examples run as they stand."""
+
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+README = (Path(__file__).parent.parent / "README.md").read_text()
+BLOCKS = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
+
+# What the README takes for granted, and what it says comes next.
+BEFORE = """
+import torch
+import lightning as L
+from lightning.pytorch.demos.boring_classes import BoringModel
+batches = [(torch.randn(4, 32), torch.randn(4, 2)) for _ in range(3)]
+"""
+FIT = """
+trainer.callbacks += [Report()] if "Report" in globals() else []
+trainer.fit(BoringModel())
+"""
+MODEL = """
+model = torch.nn.Linear(32, 2)
+optimizer = torch.optim.AdamW(model.parameters())
+"""
+
+
+def block(marker: str) -> str:
+    (found,) = [text for text in BLOCKS if marker in text]
+    return found
+
+
+def run(tmp_path: Path, *parts: str, launcher: tuple[str, ...] = ()) -> str:
+    script = tmp_path / "readme.py"
+    body = "\n".join(parts).replace("\n", "\n    ")
+    script.write_text(f"{BEFORE}\nif __name__ == '__main__':\n    {body}\n")
+    done = subprocess.run(
+        [sys.executable, *launcher, str(script)], capture_output=True, text=True, timeout=120, cwd=tmp_path, check=False
+    )
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
+def test_every_block_is_run_here():
+    assert len(BLOCKS) == 5
+
+
+def test_the_trainer_and_the_report(tmp_path):
+    printed = run(tmp_path, block("L.Trainer("), block("class Report"), FIT)
+    assert "accel_zero2, rank 0 of 2" in printed
+
+
+def test_fabric(tmp_path):
+    after = "fabric.backward(model(batches[0][0]).sum())\noptimizer.step()\nprint('rank', fabric.global_rank)"
+    assert "rank 1" in run(tmp_path, MODEL, block("Fabric("), after)
+
+
+def test_the_engine_under_torchrun(tmp_path):
+    start = "import torch.distributed as dist\ndist.init_process_group('gloo')"
+    torchrun = ("-m", "torch.distributed.run", "--nproc-per-node", "2")
+    assert "steps: 3" in run(
+        tmp_path, start, MODEL, block("Engine(model"), "print('steps:', engine.report().steps)", launcher=torchrun
+    )
+
+
+def test_settings(tmp_path):
+    run(tmp_path, block("AccelZeROStrategy("), "assert strategy.row.name == 'zero2'")
+
+
+@pytest.mark.parametrize("path", re.findall(r"\]\(((?:examples|docs|tests|benchmarks)/[^)]*)\)", README))
+def test_links_lead_somewhere(path):
+    assert (Path(__file__).parent.parent / path).exists()
