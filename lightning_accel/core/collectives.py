@@ -354,9 +354,7 @@ def connect(device: torch.device, group: dist.ProcessGroup | None = None) -> Col
         from lightning_accel.core.direct import DirectCollectives
 
         messages = GlooCollectives(device, group, group)
-        if messages.ranks > 1 and DirectCollectives.probe(messages):
-            return DirectCollectives(device, group, group)
-        return messages
+        return (messages.ranks > 1 and DirectCollectives.connect(messages)) or messages
     ranks = dist.get_process_group_ranks(group) if group is not None else None
     control = dist.new_group(ranks, backend="gloo", timeout=timedelta(minutes=30))
     return TorchCollectives(device, group, control)

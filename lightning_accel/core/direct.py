@@ -3,10 +3,10 @@
 [Note: direct reads]
 Linux lets a process copy from another's memory in one system call (``process_vm_readv``, "cross memory attach"; MPI
 libraries use it in the same way). An all-gather then is one copy of the others' parts, a reduce-scatter a copy and an
-addition, and nothing goes through a socket but tokens of eight bytes: "my buffer is ready, at this address" and "I have
-read yours". An operation is complete on a rank when all others have read what it offered: its memory may change then.
-So that this does not depend on what the others' Python code is doing, a thread on each rank carries operations out, in
-the order in which they were started, which is the same on all ranks.
+addition, and nothing goes through a socket but numbers of eight bytes: "my buffer is ready, at this address" and "I
+have read yours". An operation is complete on a rank when all others have read what it offered: its memory may change
+then. So that this does not depend on what the others' Python code is doing, a thread on each rank carries operations
+out, in the order in which they were started, which is the same on all ranks.
 
 Whether it is allowed (one machine, one user, no security module against it) is tried out once when the ranks connect;
 where any of them may not, all use gloo's messages.
@@ -17,7 +17,6 @@ from __future__ import annotations
 import ctypes
 import os
 import queue
-import socket
 import threading
 import weakref
 from collections.abc import Callable
@@ -38,65 +37,85 @@ from lightning_accel.core.collectives import (
     sent_scattering,
 )
 from lightning_accel.core.layout import Layout
+from lightning_accel.core.neighbours import Neighbours
 
 _PR_SET_PTRACER = 0x59616D61
 _ANY_PROCESS = ctypes.c_ulong(-1)
 _PROBE = 0x6C6967687461636C
+_DONE = 0
 
 
 class DirectCollectives(GlooCollectives):
-    """By reading each other's memory. See [Note: direct reads]."""
+    """By reading each other's memory. See [Note: direct reads].
+
+    Args:
+        device: The CPU.
+        group: The process group, of gloo.
+        control: The same.
+        neighbours: Connections to the other ranks; closed with this object, or when the process exits.
+
+    """
 
     def __init__(
-        self, device: torch.device, group: dist.ProcessGroup | None, control: dist.ProcessGroup | None
+        self,
+        device: torch.device,
+        group: dist.ProcessGroup | None,
+        control: dist.ProcessGroup | None,
+        neighbours: Neighbours,
     ) -> None:
         super().__init__(device, group, control)
-        self._pids: list[int] = self.gather_objects(os.getpid())
+        self._neighbours = neighbours
         self._worker = Worker()
+        # At exit as well: whoever waits for this process must be told, and no thread may outlive the interpreter.
+        weakref.finalize(self, _hang_up, neighbours, self._worker)
 
     @staticmethod
-    def probe(base: GlooCollectives) -> bool:
-        """Whether all ranks can read each other's memory. All of them must ask together."""
-        offered = torch.tensor([_PROBE])
+    def connect(messages: GlooCollectives) -> DirectCollectives | None:
+        """The same ranks, connected to read each other's memory; None if any may not. All of them must ask together."""
         _allow_reads()
-        everyone = base.gather_objects((socket.gethostname(), os.getpid(), offered.data_ptr()))
-        works = all(_can_read(*other) for other in everyone)
-        return all(base.gather_objects(works))
+        neighbours = Neighbours.connect(messages)
+        if neighbours is None:
+            return None
+        offered = torch.tensor([_PROBE])
+        addresses = neighbours.meet(offered.data_ptr())
+        works = all(_can_read(neighbours.pids[rank], address) for rank, address in addresses.items())
+        # This answer also keeps ``offered`` where it is until all have looked at it.
+        if not all(messages.gather_objects(works)):
+            neighbours.close()
+            return None
+        return DirectCollectives(messages.device, messages.group, messages.group, neighbours)
 
     @override
     def reduce_scatter(self, buffer: Tensor, layout: Layout, out: Tensor) -> Pending:
         self.traffic.add("reduce_scatter", sent_scattering(buffer, layout, self.rank))
-        ready, read = self._meet(buffer.data_ptr()), self._meet(0)
 
         def carry_out() -> None:
-            self._add_up(buffer, layout, out, ready())
-            read()
+            self._add_up(buffer, layout, out, self._neighbours.meet(buffer.data_ptr()))
+            self._neighbours.meet(_DONE)
 
         return self._worker.start(carry_out)
 
     @override
     def all_gather(self, buffer: Tensor, layout: Layout) -> Pending:
         self.traffic.add("all_gather", sent_gathering(buffer, layout, self.rank))
-        ready, read = self._meet(buffer.data_ptr()), self._meet(0)
 
         def carry_out() -> None:
-            self._copy(buffer, layout, ready())
-            read()
+            self._copy(buffer, layout, self._neighbours.meet(buffer.data_ptr()))
+            self._neighbours.meet(_DONE)
 
         return self._worker.start(carry_out)
 
     @override
     def all_reduce(self, buffer: Tensor, layout: Layout) -> Pending:
         self.traffic.add("all_reduce", sent_reducing(buffer, layout, self.rank))
-        ready, added, read = self._meet(buffer.data_ptr()), self._meet(0), self._meet(0)
 
         def carry_out() -> None:
-            addresses = ready()
+            addresses = self._neighbours.meet(buffer.data_ptr())
             self._add_up(buffer, layout, buffer[slice(*layout.part(self.rank))], addresses)
             # When a rank has added up its part it has read that part of all buffers: it may be overwritten.
-            added()
+            self._neighbours.meet(_DONE)
             self._copy(buffer, layout, addresses)
-            read()
+            self._neighbours.meet(_DONE)
 
         return self._worker.start(carry_out)
 
@@ -106,7 +125,7 @@ class DirectCollectives(GlooCollectives):
         scratch = self._borrow(stop - start, buffer)
         other, first = scratch[: stop - start], True
         for peer, address in addresses.items():
-            self._read(peer, address + start * buffer.element_size(), other)
+            _read_memory(self._neighbours.pids[peer], address + start * buffer.element_size(), other)
             torch.add(own if first else out, other, out=out)
             first = False
         if first and out.data_ptr() != own.data_ptr():
@@ -116,52 +135,41 @@ class DirectCollectives(GlooCollectives):
     def _copy(self, buffer: Tensor, layout: Layout, addresses: dict[int, int]) -> None:
         for peer, address in addresses.items():
             start, stop = layout.part(peer)
-            self._read(peer, address + start * buffer.element_size(), buffer[start:stop])
-
-    def _read(self, peer: int, address: int, into: Tensor) -> None:
-        _read_memory(self._pids[peer], address, into)
-
-    def _meet(self, number: int) -> Callable[[], dict[int, int]]:
-        """Prepare to tell the others a number and to be told theirs.
-
-        Receiving is prepared now, so that a sender never waits for this rank to come to it. Sending and waiting are
-        done by what is returned, which gives the others' numbers by rank.
-        """
-        tag = self._next_tag()
-        inbox = {peer: torch.empty(1, dtype=torch.int64) for peer in self._peers()}
-        received = [work for peer, box in inbox.items() for work in self._receive(box, peer, tag)]
-        outgoing = torch.tensor([number])
-
-        def meet() -> dict[int, int]:
-            sent = [work for peer in inbox for work in self._send(outgoing, peer, tag)]
-            for work in received + sent:
-                work.wait()
-            return {peer: int(box) for peer, box in inbox.items()}
-
-        return meet
+            _read_memory(self._neighbours.pids[peer], address + start * buffer.element_size(), buffer[start:stop])
 
 
 _Job: TypeAlias = "tuple[Callable[[], None], Future[None]]"
 
 
 class Worker:
-    """A thread that carries jobs out one after another. It starts with the first job and ends with this object."""
+    """A thread that carries jobs out one after another. It starts with the first job."""
 
     def __init__(self) -> None:
         self._jobs: queue.SimpleQueue[_Job | None] = queue.SimpleQueue()
-        self._started = False
-        weakref.finalize(self, self._jobs.put, None)
+        self._thread: threading.Thread | None = None
 
     def start(self, job: Callable[[], None]) -> Pending:
         """Have a job done; waiting for it raises what it raises."""
-        if not self._started:
-            self._started = True
-            # A daemon: a process that fails must not wait at exit for peers that wait for it.
+        if self._thread is None:
+            # A daemon, or Python would wait for it at exit before anything could tell it to end.
             arguments = (self._jobs, torch.get_num_threads())
-            threading.Thread(target=_serve, args=arguments, name="lightning-accel", daemon=True).start()
+            self._thread = threading.Thread(target=_serve, args=arguments, name="lightning-accel", daemon=True)
+            self._thread.start()
         future: Future[None] = Future()
         self._jobs.put((job, future))
         return Pending([_Wait(future)])
+
+    def end(self) -> None:
+        """Carry out what was started, then end the thread."""
+        if self._thread is not None:
+            self._jobs.put(None)
+            if self._thread is not threading.current_thread():
+                self._thread.join()
+
+
+def _hang_up(neighbours: Neighbours, worker: Worker) -> None:
+    neighbours.close()  # jobs that would wait for another rank fail now
+    worker.end()
 
 
 class _Wait:
@@ -203,13 +211,13 @@ def _allow_reads() -> None:
         prctl(_PR_SET_PTRACER, _ANY_PROCESS, 0, 0, 0)
 
 
-def _can_read(host: str, pid: int, address: int) -> bool:
+def _can_read(pid: int, address: int) -> bool:
     found = torch.zeros(1, dtype=torch.int64)
     try:
         _read_memory(pid, address, found)
-    except (OSError, AttributeError):
+    except (OSError, AttributeError):  # forbidden, or unknown to this C library
         return False
-    return host == socket.gethostname() and int(found) == _PROBE
+    return int(found) == _PROBE
 
 
 def _read_memory(pid: int, address: int, into: Tensor) -> None:

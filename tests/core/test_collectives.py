@@ -12,7 +12,11 @@ LAYOUTS = {
     "even": lambda ranks: even_layout([(5, 5), (7,)], ranks),
     "uneven": lambda ranks: owned_layout([5, 9, 2], [0, 0, ranks - 1], ranks),  # of three ranks, one has nothing
 }
-KINDS = {"direct": DirectCollectives, "gloo": GlooCollectives, "generic": TorchCollectives}
+KINDS = {
+    "direct": lambda *given: DirectCollectives.connect(GlooCollectives(*given)),
+    "gloo": GlooCollectives,
+    "generic": TorchCollectives,
+}
 
 
 def contribution(rank, total, dtype):
