@@ -7,10 +7,12 @@ the slowest rank counts. Every peer lives in processes of its own which sleep wh
 what it sent twice) before and after the steps. gloo on one machine moves all its data through such connections, so the
 count needs no help from the peer, misses nothing that a peer does below torch's Python API, and sees no other process
 (the counters of the loopback device add up everybody on the machine). It includes gloo's few bytes of header per
-message.
+message. What our ranks on one machine read straight from each other's memory crosses no connection; it is added,
+counted around the system call that reads it. Each rank reads as much as the others would have to send it.
 
 [Note: collectives] The ``c10d::`` operators that torch's profiler sees during one step; every collective, send and
-receive passes that dispatcher exactly once, whether DDP's C++ reducer, a DTensor or our engine has issued it.
+receive passes that dispatcher exactly once, whether DDP's C++ reducer, a DTensor or our engine has issued it. Direct
+reads do not pass there: our engine marks them as ``accel::`` operators, once each.
 
 [Note: peak memory] The kernel's high-water mark of the resident set (``VmHWM``, reset first) after the first steps,
 less the resident set just before the model is built; in processes that never run another peer.
@@ -25,9 +27,10 @@ import os
 import re
 import socket
 import struct
+import sys
 import time
 from collections import Counter
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import suppress
 from pathlib import Path
 from types import TracebackType
@@ -75,7 +78,13 @@ class Clock:
 class Wire:
     """See [Note: wire]; `sent` is in bytes."""
 
+    _uncounted: Callable[[int, int, Tensor], None] | None
+
     def __enter__(self) -> "Wire":
+        self._read, self._uncounted = 0, None
+        if direct := sys.modules.get("lightning_accel.core.direct"):
+            self._uncounted = direct.read_memory
+            direct.read_memory = self._count  # type: ignore[attr-defined]
         self._before = self._at_rest()
         # The barrier that ends the window is inside it: find out what one costs.
         self._barrier = self._at_rest() - self._before
@@ -83,7 +92,14 @@ class Wire:
         return self
 
     def __exit__(self, *_: object) -> None:
-        self.sent = max(0, self._at_rest() - self._before - self._barrier)
+        self.sent = self._read + max(0, self._at_rest() - self._before - self._barrier)
+        if self._uncounted is not None:
+            sys.modules["lightning_accel.core.direct"].read_memory = self._uncounted  # type: ignore[attr-defined]
+
+    def _count(self, pid: int, address: int, into: Tensor) -> None:
+        assert self._uncounted is not None
+        self._uncounted(pid, address, into)
+        self._read += into.nbytes
 
     @staticmethod
     def _at_rest() -> int:
@@ -106,9 +122,8 @@ class Collectives:
 
     def __exit__(self, *_: object) -> None:
         self._profile.__exit__(None, None, None)
-        prefix = "c10d::"
-        names = (event.name for event in self._profile.events() or ())
-        self.counts = dict(Counter(name.removeprefix(prefix) for name in names if name.startswith(prefix)))
+        names = (event.name.partition("::") for event in self._profile.events() or ())
+        self.counts = dict(Counter(name for family, _, name in names if family in ("c10d", "accel")))
 
 
 def sent_bytes() -> int:

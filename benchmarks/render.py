@@ -69,7 +69,8 @@ def legend(header: Mapping[str, Any]) -> str:
         f"ratio: to {header['reference']} in the same round, median and quartiles. "
         "peak: resident-set high-water mark above that before the model. "
         f"{', '.join(KINDS)}: bytes alive when an update is due, on the rank that holds most. "
-        "wire: bytes sent per rank and step. calls: collectives, sends and receives per step. "
+        "wire: bytes that a rank sends, or reads from another's memory, per step. "
+        "calls: collectives, sends and receives per step. "
         "losses: the largest relative difference from one process on the global batch "
         "(single sees one rank's tokens: first loss only)."
     )

@@ -53,7 +53,9 @@ def test_the_trainer_and_the_report(tmp_path):
 
 
 def test_fabric(tmp_path):
-    after = "fabric.backward(model(batches[0][0]).sum())\noptimizer.step()\nprint(f'rank {fabric.global_rank}\\n', end='')"
+    after = (
+        "fabric.backward(model(batches[0][0]).sum())\noptimizer.step()\nprint(f'rank {fabric.global_rank}\\n', end='')"
+    )
     assert "rank 1" in run(tmp_path, MODEL, block("Fabric("), after)
 
 

@@ -49,16 +49,16 @@ def test_a_profiler_may_run(ranks2):
 
 def test_reading_ones_own_memory():
     source, target = torch.arange(1000.0), torch.zeros(500)
-    direct._read_memory(os.getpid(), source.data_ptr() + 400, target)
+    direct.read_memory(os.getpid(), source.data_ptr() + 400, target)
     assert torch.equal(target, source[100:600])
 
 
 def test_reading_where_nothing_is_or_of_a_process_that_is_gone():
     target = torch.zeros(4)
     with pytest.raises(OSError, match="reading the memory of process"):
-        direct._read_memory(os.getpid(), 8, target)
+        direct.read_memory(os.getpid(), 8, target)
     with pytest.raises(OSError, match="No such process"):
-        direct._read_memory(2**22 - 1, ctypes.addressof(ctypes.c_int()), target)
+        direct.read_memory(2**22 - 1, ctypes.addressof(ctypes.c_int()), target)
 
 
 def threads():
