@@ -14,7 +14,6 @@ from typing import Any
 from lightning.fabric.plugins.precision import Precision as FabricPrecision
 from lightning.pytorch.plugins.precision import MixedPrecision, Precision
 from lightning.pytorch.utilities import GradClipAlgorithmType
-from torch import Tensor
 from torch.optim import Optimizer
 
 from lightning_accel.core.engine import Engine
@@ -76,13 +75,3 @@ def require_no_scaler(plugin: Precision | FabricPrecision, row: str) -> None:
             f" precision={getattr(plugin, 'precision', type(plugin).__name__)!r}: its scaler looks at whole gradients,"
             " which no rank has. Use precision='bf16-mixed', or strategy='accel_ddp'."
         )
-
-
-def clip_norm(
-    optimizer: Any, max_norm: float, norm_type: float = 2.0, error_if_nonfinite: bool = True
-) -> Tensor | None:
-    """Clip by norm through the engine; None if no engine has the optimizer."""
-    added = engine_optimizer(optimizer)
-    if added is None:
-        return None
-    return added.engine.clip_grad_norm_(added.optimizer, max_norm, norm_type, error_if_nonfinite)
