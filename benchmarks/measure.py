@@ -47,8 +47,9 @@ KINDS = ("parameters", "gradients", "optimizer", "other")
 
 # Where `struct tcp_info` of linux/tcp.h has tcpi_bytes_sent and tcpi_bytes_retrans, both u64 (Linux 4.19 and later).
 _BYTES_SENT_OFFSET = 200
-# A connection is taken to be quiet when nothing was sent on it for this long; loopback delivers within microseconds.
-_QUIET_SECONDS = 0.05
+# All is taken to be quiet when nothing was sent or read for this long. Loopback delivers within microseconds, but a
+# thread that reads may have to wait for a core.
+_QUIET_SECONDS = 0.2
 
 
 class Probe(Protocol):
@@ -92,7 +93,7 @@ class Wire:
         return self
 
     def __exit__(self, *_: object) -> None:
-        self.sent = self._read + max(0, self._at_rest() - self._before - self._barrier)
+        self.sent = max(0, self._at_rest() - self._before - self._barrier)
         if self._uncounted is not None:
             sys.modules["lightning_accel.core.direct"].read_memory = self._uncounted  # type: ignore[attr-defined]
 
@@ -101,14 +102,13 @@ class Wire:
         self._uncounted(pid, address, into)
         self._read += into.nbytes
 
-    @staticmethod
-    def _at_rest() -> int:
-        """The bytes sent so far, once every rank has come here and nothing is in flight."""
+    def _at_rest(self) -> int:
+        """The bytes sent and read so far, once every rank has come here and nothing is in flight."""
         dist.barrier()
-        before, now = -1, sent_bytes()
+        before, now = -1, sent_bytes() + self._read
         while before != now:
             time.sleep(_QUIET_SECONDS)
-            before, now = now, sent_bytes()
+            before, now = now, sent_bytes() + self._read
         return now
 
 
