@@ -5,16 +5,17 @@ from lightning.pytorch.strategies import StrategyRegistry
 
 from lightning_accel.strategies import fabric
 from lightning_accel.strategies.ddp import AccelDDPStrategy
+from lightning_accel.strategies.fsdp import AccelFSDPStrategy
 from lightning_accel.strategies.standalone import refuse
 from lightning_accel.strategies.zero import AccelZeROStrategy
 
-__all__ = ["AccelDDPStrategy", "AccelZeROStrategy", "register"]
+__all__ = ["AccelDDPStrategy", "AccelFSDPStrategy", "AccelZeROStrategy", "register"]
 
 
 def register() -> None:
     """Make the strategies' names known to the Trainer and to Fabric."""
-    AccelDDPStrategy.register_strategies(StrategyRegistry)
-    AccelZeROStrategy.register_strategies(StrategyRegistry)
-    fabric.AccelDDPStrategy.register_strategies(STRATEGY_REGISTRY)
-    fabric.AccelZeROStrategy.register_strategies(STRATEGY_REGISTRY)
+    for kind in (AccelDDPStrategy, AccelZeROStrategy, AccelFSDPStrategy):
+        kind.register_strategies(StrategyRegistry)
+    for twin in (fabric.AccelDDPStrategy, fabric.AccelZeROStrategy, fabric.AccelFSDPStrategy):
+        twin.register_strategies(STRATEGY_REGISTRY)
     refuse(name for name in StrategyRegistry if name.startswith("accel_"))

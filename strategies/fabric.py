@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import copy
+import sys
+import weakref
 from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager, ExitStack, nullcontext
 from datetime import timedelta
+from pathlib import Path
 from typing import Any, Literal
 
 import torch
@@ -22,12 +26,16 @@ from lightning_accel.core import Engine, Rest
 from lightning_accel.core.partition import Units
 from lightning_accel.core.placement import find_row
 from lightning_accel.plugins.precision import engine_optimizer, require_no_scaler
-from lightning_accel.strategies.compact import compact
-from lightning_accel.strategies.options import EngineOptions, is_compiled, reject_unknown
+from lightning_accel.strategies.compact import compact, keep
+from lightning_accel.strategies.fsdp import SHARDINGS, row_of_sharding
+from lightning_accel.strategies.options import EngineOptions, reject_unknown
 from lightning_accel.strategies.trainer import START_METHODS
 from lightning_accel.strategies.zero import STAGES, row_of_stage
 
-__all__ = ["AccelDDPStrategy", "AccelZeROStrategy", "EngineModule"]
+__all__ = ["AccelDDPStrategy", "AccelFSDPStrategy", "AccelZeROStrategy", "EngineModule"]
+
+
+_COMPILED_CALL = ("compile_wrapper", ("_dynamo", "eval_frame.py"))
 
 
 class EngineModule(nn.Module):
@@ -46,13 +54,28 @@ class EngineModule(nn.Module):
         super().__init__()
         self.module = module
         self.engine = engine
-        self._compiled = is_compiled(module)
 
     @override
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """Call the module."""
-        self.engine.before_forward(compiled=self._compiled)
-        return self.module(*args, **kwargs)
+        if not self.engine.is_compiled:
+            self._note_compilation()
+        with self.engine.forward_context():
+            return self.module(*args, **kwargs)
+
+    @torch.compiler.disable
+    def _note_compilation(self) -> None:
+        """Find out whether dynamo calls this object: Fabric compiles what wraps a compiled module, as users may."""
+        frame = sys._getframe().f_back
+        while frame is not None:
+            if (frame.f_code.co_name, Path(frame.f_code.co_filename).parts[-2:]) == _COMPILED_CALL:
+                self.engine.is_compiled = True
+                return
+            frame = frame.f_back
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> nn.Module:
+        """A copy of the user's module, which no engine trains."""
+        return copy.deepcopy(self.module, memo)
 
 
 class AccelFabricStrategy(DDPStrategy):
@@ -108,8 +131,24 @@ class AccelFabricStrategy(DDPStrategy):
         self.row = find_row(row)
         self._options = EngineOptions(units=units, bucket_cap_mb=bucket_cap_mb, compile=compile)
         self._backward_sync_control = _EngineSyncControl()
-        self.engines: list[Engine] = []
-        """One for each module that was set up."""
+        self._engines: list[weakref.ref[Engine]] = []
+
+    @property
+    def engines(self) -> list[Engine]:
+        """One for each module that was set up and is still in use."""
+        found = (reference() for reference in self._engines)
+        return [engine for engine in found if engine is not None and not engine.is_closed]
+
+    def _engines_of_all_ranks(self) -> list[Engine]:
+        """The engines that every rank still has: when unused ones are collected may differ between ranks."""
+        found = [reference() for reference in self._engines]
+        alive = [engine is not None and not engine.is_closed for engine in found]
+        if len(found) > 1 and self.world_size > 1:
+            flags = torch.tensor(alive, dtype=torch.int32, device=self.root_device)
+            torch.distributed.all_reduce(flags, op=torch.distributed.ReduceOp.MIN)
+            alive = [bool(flag) for flag in flags.tolist()]
+        self._engines = [reference for reference, flag in zip(self._engines, alive, strict=True) if flag]
+        return [engine for engine, flag in zip(found, alive, strict=True) if flag and engine is not None]
 
     # ------------------------------------------------------------------ set-up
 
@@ -119,7 +158,7 @@ class AccelFabricStrategy(DDPStrategy):
         if self.row.gradients is Rest.SHARDED:
             require_no_scaler(self.precision, self.row.name)
         engine = self._options.start(module, self.row.name)
-        self.engines.append(engine)
+        self._engines.append(weakref.ref(engine))
         return EngineModule(module, engine)
 
     @override
@@ -150,7 +189,8 @@ class AccelFabricStrategy(DDPStrategy):
         raise ValueError(
             f"Expected the parameters of {type(optimizer).__name__} to belong to a module that was set up, but none of"
             f" {len(self.engines)} modules has them. Call fabric.setup(module, optimizer), or fabric.setup_module"
-            " before fabric.setup_optimizers."
+            " before fabric.setup_optimizers. One optimizer for several modules: set them up as one, such as"
+            " torch.nn.ModuleDict({...})."
         )
 
     # ------------------------------------------------------------------- steps
@@ -160,7 +200,7 @@ class AccelFabricStrategy(DDPStrategy):
         """Run backward with the gradients of every module that was set up reduced as the row says."""
         self.precision.pre_backward(tensor, module)
         with ExitStack() as stack:
-            for engine in self.engines:
+            for engine in self._engines_of_all_ranks():
                 stack.enter_context(engine.backward_context())
             self.precision.backward(tensor, module, *args, **kwargs)
         self.precision.post_backward(tensor, module)
@@ -205,13 +245,18 @@ class AccelFabricStrategy(DDPStrategy):
 
     @override
     def get_module_state_dict(self, module: nn.Module) -> dict[str, Any]:
-        """The state of the user's module."""
-        return super().get_module_state_dict(_inner(module))
+        """The state of the user's module: of parameters that rest sharded on rank 0, and ``{}`` on the others."""
+        with _whole(module):
+            state = super().get_module_state_dict(_inner(module))
+            if self.row.parameters is Rest.REPLICATED:
+                return state
+            return keep(state) if self.is_global_zero else {}
 
     @override
     def load_module_state_dict(self, module: nn.Module, state_dict: dict[str, Any], strict: bool = True) -> None:
         """Load into the user's module."""
-        super().load_module_state_dict(_inner(module), state_dict, strict)
+        with _whole(module, writeback=True):
+            super().load_module_state_dict(_inner(module), state_dict, strict)
 
     @override
     def save_checkpoint(
@@ -235,7 +280,7 @@ class AccelFabricStrategy(DDPStrategy):
         """Close the engines. Fabric itself never calls this; engines finish what is under way at exit."""
         for engine in self.engines:
             engine.close()
-        self.engines.clear()
+        self._engines.clear()
         super().teardown()
 
     @classmethod
@@ -277,10 +322,10 @@ class AccelDDPStrategy(AccelFabricStrategy):
 
 
 class AccelZeROStrategy(AccelFabricStrategy):
-    """ZeRO stages 1 and 2; see :class:`lightning_accel.strategies.AccelZeROStrategy`.
+    """ZeRO stages 1, 2 and 3; see :class:`lightning_accel.strategies.AccelZeROStrategy`.
 
     Args:
-        stage: 1 or 2.
+        stage: 1, 2 or 3.
         kwargs: See :class:`AccelFabricStrategy`.
 
     """
@@ -295,6 +340,25 @@ class AccelZeROStrategy(AccelFabricStrategy):
         return {row: {"stage": stage} for stage, row in STAGES.items()}
 
 
+class AccelFSDPStrategy(AccelFabricStrategy):
+    """Fully sharded data parallel; see :class:`lightning_accel.strategies.AccelFSDPStrategy`.
+
+    Args:
+        sharding: ``"full"`` or ``"partial"``.
+        kwargs: See :class:`AccelFabricStrategy`.
+
+    """
+
+    def __init__(self, sharding: str = "full", **kwargs: Any) -> None:
+        super().__init__(row_of_sharding(sharding), **kwargs)
+        self.sharding = sharding
+
+    @classmethod
+    @override
+    def registered(cls) -> dict[str, dict[str, Any]]:
+        return {row: {"sharding": sharding} for sharding, row in SHARDINGS.items()}
+
+
 class _EngineSyncControl(_BackwardSyncControl):
     @override
     def no_backward_sync(self, module: nn.Module, enabled: bool) -> AbstractContextManager[None]:
@@ -307,6 +371,12 @@ class _EngineSyncControl(_BackwardSyncControl):
                 f" {type(module).__name__}."
             )
         return module.engine.no_sync()
+
+
+def _whole(module: nn.Module, *, writeback: bool = False) -> AbstractContextManager[None]:
+    if isinstance(module, EngineModule) and not module.engine.is_closed:
+        return module.engine.full_parameters(writeback=writeback)
+    return nullcontext()
 
 
 def _inner(module: nn.Module) -> nn.Module:

@@ -55,14 +55,6 @@ class EngineOptions:
         return engine
 
 
-def is_compiled(module: nn.Module) -> bool:
-    """Whether any part of a module runs compiled."""
-    return getattr(module, "_compiler_ctx", None) is not None or any(
-        hasattr(part, "_orig_mod") or getattr(part, "_compiled_call_impl", None) is not None
-        for part in module.modules()
-    )
-
-
 def reject_unknown(strategy: type, unknown: Mapping[str, Any]) -> None:
     """Raise if options were given that a strategy does not have.
 

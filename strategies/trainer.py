@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from datetime import timedelta
 from typing import Any, Literal
 
@@ -19,7 +19,7 @@ from lightning.pytorch.plugins.io.wrapper import _WrappingCheckpointIO
 from lightning.pytorch.plugins.precision import Precision
 from lightning.pytorch.strategies import DDPStrategy
 from lightning.pytorch.strategies.launchers import _SubprocessScriptLauncher
-from lightning.pytorch.trainer.states import TrainerFn
+from lightning.pytorch.trainer.states import TrainerFn, TrainerStatus
 from lightning.pytorch.utilities.types import STEP_OUTPUT
 from torch import Tensor
 from torch.optim import Optimizer
@@ -30,9 +30,12 @@ from lightning_accel.core.agreement import synchronise
 from lightning_accel.core.partition import Units
 from lightning_accel.core.placement import find_row
 from lightning_accel.plugins.precision import require_no_scaler, with_engine_clipping
-from lightning_accel.strategies.compact import compact
+from lightning_accel.strategies.compact import compact, keep
 from lightning_accel.strategies.failure import end_children_at_exit, explain
-from lightning_accel.strategies.options import EngineOptions, is_compiled, reject_unknown
+from lightning_accel.strategies.options import EngineOptions, reject_unknown
+
+_GRACE_S = 10.0
+"""Seconds that a rank which saves after an exception waits for the others to do the same."""
 
 START_METHODS: dict[str, Literal["popen", "spawn", "fork"]] = {
     "": "popen",
@@ -69,7 +72,7 @@ class AccelStrategy(DDPStrategy):
     """
 
     engine: Engine | None
-    """The engine of the current or last fit; None before and in other stages."""
+    """The engine of the current or last fit; None before. In other stages, only of parameters that rest sharded."""
 
     def __init__(
         self,
@@ -103,7 +106,6 @@ class AccelStrategy(DDPStrategy):
         self.row = find_row(row)
         self._options = EngineOptions(units=units, bucket_cap_mb=bucket_cap_mb, compile=compile)
         self.engine = None
-        self._compiled = False
         self._failed = False
 
     # ---------------------------------------------------------------- plugins
@@ -159,11 +161,13 @@ class AccelStrategy(DDPStrategy):
             if self.row.gradients is Rest.SHARDED:
                 require_no_scaler(self.precision_plugin, self.row.name)
             self.engine = self._options.start(self.model, self.row.name)
-            self._compiled = is_compiled(self.model)
             self.setup_optimizers(trainer)
             for optimizer in map(_unwrap, self.optimizers):
                 if not isinstance(optimizer, _MockOptimizer):
                     self.engine.add_optimizer(optimizer)
+            self.engine.build()
+        elif self.row.parameters is Rest.SHARDED:
+            self.engine = self._options.start(self.model, self.row.name)
             self.engine.build()
         else:
             synchronise(self.model)
@@ -173,29 +177,28 @@ class AccelStrategy(DDPStrategy):
 
     # ------------------------------------------------------------------- steps
 
-    def _before_forward(self) -> None:
-        if self.engine is not None:
-            self.engine.before_forward(compiled=self._compiled)
+    def _forward(self) -> AbstractContextManager[None]:
+        return nullcontext() if self.engine is None else self.engine.forward_context()
 
     @override
     def training_step(self, *args: Any, **kwargs: Any) -> STEP_OUTPUT:
-        self._before_forward()
-        return super().training_step(*args, **kwargs)
+        with self._forward():
+            return super().training_step(*args, **kwargs)
 
     @override
     def validation_step(self, *args: Any, **kwargs: Any) -> STEP_OUTPUT:
-        self._before_forward()
-        return super().validation_step(*args, **kwargs)
+        with self._forward():
+            return super().validation_step(*args, **kwargs)
 
     @override
     def test_step(self, *args: Any, **kwargs: Any) -> STEP_OUTPUT:
-        self._before_forward()
-        return super().test_step(*args, **kwargs)
+        with self._forward():
+            return super().test_step(*args, **kwargs)
 
     @override
     def predict_step(self, *args: Any, **kwargs: Any) -> Any:
-        self._before_forward()
-        return super().predict_step(*args, **kwargs)
+        with self._forward():
+            return super().predict_step(*args, **kwargs)
 
     @override
     def backward(self, closure_loss: Tensor, optimizer: Optimizer | None, *args: Any, **kwargs: Any) -> Tensor:
@@ -231,6 +234,38 @@ class AccelStrategy(DDPStrategy):
         return super().reduce(tensor, group, reduce_op)
 
     # ------------------------------------------------------------- checkpoints
+
+    def _require_peers(self) -> None:
+        """Raise instead of waiting for ranks that do not save: one has failed and its callbacks want a checkpoint."""
+        module = self.lightning_module
+        trainer = None if module is None else module._trainer
+        if trainer is None or trainer.state.status != TrainerStatus.INTERRUPTED or self.engine is None:
+            return
+        if not self.engine.collectives.meet_within(_GRACE_S):
+            raise RuntimeError(
+                f"Expected all ranks to save a checkpoint, but after {_GRACE_S:.0f} s some do not, while this one does"
+                " because of an exception: the state that rests sharded cannot be collected."
+            )
+
+    def _whole(self, *, writeback: bool = False) -> AbstractContextManager[None]:
+        open_engine = self.engine is not None and not self.engine.is_closed
+        return self.engine.full_parameters(writeback=writeback) if open_engine else nullcontext()  # type: ignore[union-attr]
+
+    @override
+    def lightning_module_state_dict(self) -> dict[str, Any]:
+        """The state of the whole model: of parameters that rest sharded on rank 0, and ``{}`` on the others."""
+        if self.row.optimizer_state is Rest.SHARDED:
+            self._require_peers()
+        with self._whole():
+            state = super().lightning_module_state_dict()
+            if self.row.parameters is Rest.REPLICATED:
+                return state
+            return keep(state) if self.is_global_zero else {}
+
+    @override
+    def load_model_state_dict(self, checkpoint: Mapping[str, Any], strict: bool = True) -> None:
+        with self._whole(writeback=True):
+            super().load_model_state_dict(checkpoint, strict)
 
     @override
     def optimizer_state(self, optimizer: Optimizer) -> dict[str, Any]:

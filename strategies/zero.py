@@ -1,4 +1,4 @@
-"""accel_zero1 and accel_zero2 for the Trainer."""
+"""accel_zero1, accel_zero2 and accel_zero3 for the Trainer."""
 
 from __future__ import annotations
 
@@ -8,18 +8,19 @@ from typing_extensions import override
 
 from lightning_accel.strategies.trainer import AccelStrategy
 
-STAGES = {1: "zero1", 2: "zero2"}
+STAGES = {1: "zero1", 2: "zero2", 3: "zero3"}
 """The row of each ZeRO stage."""
 
 
 class AccelZeROStrategy(AccelStrategy):
-    """ZeRO: every rank keeps the whole parameters, but only its part of the optimizer state and of the gradients.
+    """ZeRO: every rank keeps only its part of the optimizer state, of the gradients and, at stage 3, of the parameters.
 
     Rajbhandari et al., "ZeRO: Memory Optimizations Toward Training Trillion Parameter Models", 2020.
 
     Args:
         stage: 1: gradients are added up on each rank until the accumulation boundary, then reduce-scattered. 2: they
-            are reduce-scattered in every backward, so that no rank keeps more than its part.
+            are reduce-scattered in every backward, so that no rank keeps more than its part. 3: parameters rest
+            sharded, too: the same as :class:`~lightning_accel.strategies.fsdp.AccelFSDPStrategy`.
         kwargs: See :class:`~lightning_accel.strategies.trainer.AccelStrategy`: ``units``, ``bucket_cap_mb``,
             ``compile``, ``process_group_backend``, ``timeout``, ``start_method`` and Lightning's own.
 

@@ -30,7 +30,7 @@ TOLERANCE = {"64-true": 1e-12, "32-true": 1e-5}
 # roundings there, which double precision is too fine to do: two steps of its unit of 2**-8. The same deviation shows
 # under accel_ddp, which runs torch's optimizer on the plain parameters.
 MUON_SINGLE = 2**-7
-ROWS = ["accel_ddp", "accel_zero1", "accel_zero2"]
+ROWS = ["accel_ddp", "accel_zero1", "accel_zero2", "accel_fsdp", "accel_fsdp_partial"]
 CLIPPING = {"off": None, "norm": 0.5, "value": 0.02}
 
 OPTIMIZERS = {
@@ -176,6 +176,9 @@ EVERYDAY = [
     ("trainer", "accel_zero1", "sgd", 4, "64-true", 3),
     ("trainer", "accel_zero2", "muon", 4, "64-true", 2),
     ("trainer", "accel_zero2", "adamw-foreach", 1, "32-true", 2),
+    ("trainer", "accel_fsdp", "adamw-fused", 4, "64-true", 2),
+    ("trainer", "accel_fsdp_partial", "adafactor", 1, "64-true", 3),
+    ("fabric", "accel_fsdp", "sgd", 4, "64-true", 3),
     ("fabric", "accel_ddp", "adafactor", 1, "64-true", 2),
     ("fabric", "accel_zero1", "adamw-single", 1, "64-true", 2),
     ("fabric", "accel_zero2", "adamw-fused", 4, "64-true", 3),

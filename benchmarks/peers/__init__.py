@@ -88,7 +88,7 @@ _SPECS = (
             arguments={"row": row},
             requires=_ACCEL,
         )
-        for row in ("ddp", "zero1", "zero2")
+        for row in ("ddp", "zero1", "zero2", "fsdp", "fsdp_partial")
     ),
     *(
         Spec(

@@ -91,7 +91,8 @@ class BufferVersions:
     """
 
     def __init__(self, module: nn.Module) -> None:
-        self._held = [(owner, name) for owner in module.modules() for name in owner._buffers]
+        # Not by ``_buffers``, which scripted modules do not have as a dict.
+        self._held = [(owner, name) for owner in module.modules() for name, _ in owner.named_buffers(recurse=False)]
         self._seen: list[tuple[int, int]] = []
         self.refresh()
 
@@ -99,8 +100,8 @@ class BufferVersions:
         return len(self._held)
 
     def _current(self) -> list[tuple[int, int]]:
-        buffers = (owner._buffers.get(name) for owner, name in self._held)
-        return [(0, 0) if buffer is None else (id(buffer), buffer._version) for buffer in buffers]
+        buffers = (getattr(owner, name, None) for owner, name in self._held)
+        return [(0, 0) if buffer is None else (id(buffer), _version(buffer)) for buffer in buffers]
 
     def changed(self) -> list[bool]:
         """For each buffer, whether it was written to or replaced since the last ``refresh``."""
@@ -115,7 +116,7 @@ class BufferVersions:
 
     def select(self, flags: Sequence[bool]) -> list[Tensor]:
         """The buffers with a flag set."""
-        found = (owner._buffers.get(name) for (owner, name), flag in zip(self._held, flags, strict=True) if flag)
+        found = (getattr(owner, name, None) for (owner, name), flag in zip(self._held, flags, strict=True) if flag)
         return [buffer for buffer in found if buffer is not None]
 
 
@@ -161,3 +162,7 @@ def _broadcast_together(tensors: Sequence[Tensor], collectives: Collectives) -> 
     for tensor in tensors:
         tensor.copy_(flat[offset : offset + tensor.numel()].view_as(tensor))
         offset += tensor.numel()
+
+
+def _version(buffer: Tensor) -> int:
+    return 0 if buffer.is_inference() else buffer._version  # inference tensors are not counted

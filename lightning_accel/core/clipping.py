@@ -12,7 +12,13 @@ from lightning_accel.core.collectives import Collectives
 
 
 @torch.no_grad()
-def grad_norm(gradients: Sequence[Tensor], norm_type: float, sharded: bool, collectives: Collectives) -> Tensor:
+def grad_norm(
+    gradients: Sequence[Tensor],
+    norm_type: float,
+    sharded: bool,
+    collectives: Collectives,
+    dtype: torch.dtype = torch.float32,
+) -> Tensor:
     """The norm of all gradients as one vector.
 
     Args:
@@ -20,9 +26,10 @@ def grad_norm(gradients: Sequence[Tensor], norm_type: float, sharded: bool, coll
         norm_type: p of the p-norm; may be infinite.
         sharded: Whether other ranks have other gradients, instead of the same.
         collectives: The ranks. All of them must call this if ``sharded``.
+        dtype: Of the result; the same on every rank, while some may have no gradients.
 
     Returns:
-        0-dim tensor in the dtype of the gradients, at least fp32.
+        0-dim tensor.
 
     """
     device = gradients[0].device if gradients else collectives.device
@@ -36,17 +43,17 @@ def grad_norm(gradients: Sequence[Tensor], norm_type: float, sharded: bool, coll
         local = torch.stack([n.double() for n in norms]) if norms else torch.zeros(1, dtype=torch.double, device=device)
         local = local.to(device)
         if math.isinf(norm_type):
-            return _like(collectives.sum_scalar(local.max(), maximum=True), norms)
+            # Not every back end's maximum passes NaN on.
+            largest = local.max()
+            both = torch.stack([largest.nan_to_num(nan=0.0, posinf=torch.inf), largest.isnan().double()])
+            largest, is_nan = collectives.sum_scalar(both, maximum=True)
+            return torch.where(is_nan > 0, torch.nan, largest).to(dtype)
         total = collectives.sum_scalar(local.pow(norm_type).sum())
-        return _like(total.pow(1.0 / norm_type), norms)
+        return total.pow(1.0 / norm_type).to(dtype)
     if not norms:
-        return torch.zeros((), device=device)
+        return torch.zeros((), dtype=dtype, device=device)
     combined: Tensor = torch.linalg.vector_norm(torch.stack(norms), norm_type)
-    return combined
-
-
-def _like(value: Tensor, norms: Sequence[Tensor]) -> Tensor:
-    return value.to(norms[0].dtype) if norms else value.to(torch.float32)
+    return combined.to(dtype)
 
 
 @torch.no_grad()
@@ -57,6 +64,7 @@ def clip_grad_norm(
     error_if_nonfinite: bool,
     sharded: bool,
     collectives: Collectives,
+    dtype: torch.dtype = torch.float32,
 ) -> Tensor:
     """Scale gradients in place so that their norm is at most ``max_norm``, as ``torch.nn.utils.clip_grad_norm_``.
 
@@ -70,7 +78,7 @@ def clip_grad_norm(
     """
     if max_norm < 0 or norm_type <= 0:
         raise ValueError(f"Expected max_norm >= 0 and norm_type > 0, got {max_norm} and {norm_type}.")
-    norm = grad_norm(gradients, norm_type, sharded, collectives)
+    norm = grad_norm(gradients, norm_type, sharded, collectives, dtype)
     if error_if_nonfinite and not bool(torch.isfinite(norm)):
         raise RuntimeError(
             f"The total norm of order {norm_type} of the gradients is {norm.item()}, so it cannot be clipped. To"

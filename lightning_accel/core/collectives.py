@@ -20,7 +20,8 @@ from __future__ import annotations
 import itertools
 from abc import ABC, abstractmethod
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
 from datetime import timedelta
 from typing import Any
 
@@ -65,6 +66,10 @@ class Pending:
         self._works = list(works)
         self._finish = finish
 
+    def is_ready(self) -> bool:
+        """Whether waiting for the phase that is under way would not block."""
+        return all(work.is_completed() for work in self._works)
+
     def advance(self) -> None:
         """Let an operation of several phases enter the next; others have none."""
 
@@ -100,6 +105,15 @@ class Agreement:
         return [position for position, count in enumerate(self._counts.tolist()) if 0 < count < self._ranks]
 
 
+@dataclass(frozen=True)
+class Published:
+    """A rank's part of a buffer that any rank may fetch."""
+
+    part: Tensor
+    addresses: Mapping[int, int] = field(default_factory=dict)
+    """Where the other ranks have their parts, if they can be read there."""
+
+
 class Collectives(ABC):
     """What the engine needs from a process group. All ranks of the group call the same methods in the same order."""
 
@@ -132,6 +146,40 @@ class Collectives(ABC):
     def all_reduce(self, buffer: Tensor, layout: Layout) -> Pending:
         """Replace ``buffer`` by the sum over ranks: bit for bit the same on every rank."""
 
+    def publish(self, parts: Sequence[Tensor]) -> list[Published]:
+        """Make known this rank's parts of buffers that will be fetched. All ranks publish theirs together.
+
+        Args:
+            parts: One for each buffer, 1-D. They keep their memory, and their values change between fences only.
+
+        """
+        return [Published(part) for part in parts]
+
+    def fetch(self, source: Published, layout: Layout, buffer: Tensor) -> Pending:
+        """Fill a whole buffer from the ranks' parts.
+
+        Args:
+            source: What was published of it.
+            layout: How the ranks divide the buffer.
+            buffer: Where all of it goes, 1-D, ``layout.total`` elements.
+
+        """
+        buffer[slice(*layout.part(self.rank))].copy_(source.part)
+        return self.all_gather(buffer, layout)
+
+    def fence(self) -> Pending:
+        """Call before and after this rank changes parts that it published. All ranks call it together.
+
+        Returns:
+            Wait for it before changing them; afterwards, whoever fetches waits for it.
+
+        """
+        return Pending([])
+
+    def close(self) -> None:
+        """Free what belongs to this object only; the process group still works. Nothing may be under way."""
+        return
+
     def broadcast(self, tensor: Tensor, source: int = 0) -> None:
         """Overwrite ``tensor`` (any shape, contiguous) with that of rank ``source`` of the group. Waits."""
         if self.ranks == 1 or tensor.numel() == 0:
@@ -161,6 +209,14 @@ class Collectives(ABC):
             dist.all_reduce(value, op=dist.ReduceOp.MAX if maximum else dist.ReduceOp.SUM, group=self.group)
         return value
 
+    def meet_within(self, seconds: float) -> bool:
+        """Whether all other ranks come here, too, within some time. After a False the ranks may be out of step."""
+        try:
+            dist.monitored_barrier(self._control, timedelta(seconds=seconds))
+        except RuntimeError:
+            return False
+        return True
+
     def gather_objects(self, value: Any) -> list[Any]:
         """A small picklable object of every rank, by rank. For set-up and checkpoints, not for steps."""
         if self.ranks == 1:
@@ -168,6 +224,14 @@ class Collectives(ABC):
         values: list[Any] = [None] * self.ranks
         dist.all_gather_object(values, value, group=self._control)
         return values
+
+
+class _Messages(Pending):
+    """Sends and receives of gloo, which does not tell whether they are done: it can only be waited for."""
+
+    @override
+    def is_ready(self) -> bool:
+        return True
 
 
 class GlooCollectives(Collectives):
@@ -182,7 +246,8 @@ class GlooCollectives(Collectives):
         number: int = max(self.gather_objects(next(_numbers)))
         _numbers = itertools.count(number + 1)
         self._number = number % _OWNERS
-        self._operations = 0
+        # Fetches and reductions are counted apart: which comes first may differ between ranks.
+        self._operations = {False: 0, True: 0}
         self._scratch: list[Tensor] = []
 
     @override
@@ -193,13 +258,20 @@ class GlooCollectives(Collectives):
     @override
     def all_gather(self, buffer: Tensor, layout: Layout) -> Pending:
         self.traffic.add("all_gather", sent_gathering(buffer, layout, self.rank))
-        return Pending(self._exchange_parts(buffer, layout))
+        return _Messages(self._exchange_parts(buffer, layout, self._next_tag()))
+
+    @override
+    def fetch(self, source: Published, layout: Layout, buffer: Tensor) -> Pending:
+        self.traffic.add("all_gather", sent_gathering(buffer, layout, self.rank))
+        buffer[slice(*layout.part(self.rank))].copy_(source.part)
+        return _Messages(self._exchange_parts(buffer, layout, self._next_tag(fetching=True)))
 
     @override
     def all_reduce(self, buffer: Tensor, layout: Layout) -> Pending:
         self.traffic.add("all_reduce", sent_reducing(buffer, layout, self.rank))
         own = buffer[slice(*layout.part(self.rank))]
-        return TwoPhase(self._scatter(buffer, layout, own), lambda: Pending(self._exchange_parts(buffer, layout)))
+        first, tag = self._scatter(buffer, layout, own), self._next_tag()
+        return TwoPhase(first, lambda: _Messages(self._exchange_parts(buffer, layout, tag)))
 
     def _scatter(self, buffer: Tensor, layout: Layout, out: Tensor) -> Pending:
         start, stop = layout.part(self.rank)
@@ -221,11 +293,10 @@ class GlooCollectives(Collectives):
                     out.add_(other)
             self._scratch.append(scratch)
 
-        return Pending(works, add_up)
+        return _Messages(works, add_up)
 
-    def _exchange_parts(self, buffer: Tensor, layout: Layout) -> list[Any]:
+    def _exchange_parts(self, buffer: Tensor, layout: Layout, tag: int) -> list[Any]:
         own = buffer[slice(*layout.part(self.rank))]
-        tag = self._next_tag()
         works = [w for p in self._peers() for w in self._receive(buffer[slice(*layout.part(p))], p, tag)]
         return works + [w for peer in self._peers() for w in self._send(own, peer, tag)]
 
@@ -239,9 +310,10 @@ class GlooCollectives(Collectives):
     def _receive(self, tensor: Tensor, peer: int, tag: int) -> list[Any]:
         return [dist.irecv(_real(tensor), group=self.group, group_src=peer, tag=tag)] if tensor.numel() else []
 
-    def _next_tag(self) -> int:
-        self._operations += 1
-        return self._number * _TAGS + self._operations % _TAGS
+    def _next_tag(self, *, fetching: bool = False) -> int:
+        self._operations[fetching] += 1
+        half = _TAGS // 2
+        return self._number * _TAGS + half * fetching + self._operations[fetching] % half
 
     def _borrow(self, numel: int, like: Tensor) -> Tensor:
         """A receive buffer of at least ``numel`` elements; returned buffers are used again."""
@@ -263,6 +335,12 @@ class TwoPhase(Pending):
         self._first: Pending | None = first
         self._second = second
         self._started: Pending | None = None
+
+    @override
+    def is_ready(self) -> bool:
+        """Whether waiting for the half that is under way would not block."""
+        under_way = self._first or self._started
+        return under_way is None or under_way.is_ready()
 
     @override
     def advance(self) -> None:

@@ -8,6 +8,11 @@ have read yours". An operation is complete on a rank when all others have read w
 then. So that this does not depend on what the others' Python code is doing, a thread on each rank carries operations
 out, in the order in which they were started, which is the same on all ranks.
 
+[Note: one-sided]
+Parameters that rest sharded do not move and change only while optimizers step. Any rank may read the others' parts at
+any other time, in any order, as often as it likes, without their help: ranks that run different parts of the model, or
+run them a different number of times, cannot come out of step. Before and after the update all ranks meet.
+
 Whether it is allowed (one machine, one user, no security module against it) is tried out once when the ranks connect;
 where any of them may not, all use gloo's messages.
 """
@@ -19,8 +24,9 @@ import os
 import queue
 import threading
 import weakref
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from concurrent.futures import Future
+from functools import partial
 from typing import TypeAlias
 
 import torch
@@ -31,6 +37,7 @@ from typing_extensions import override
 from lightning_accel.core.collectives import (
     GlooCollectives,
     Pending,
+    Published,
     nbytes,
     sent_gathering,
     sent_reducing,
@@ -66,8 +73,10 @@ class DirectCollectives(GlooCollectives):
         super().__init__(device, group, control)
         self._neighbours = neighbours
         self._worker = Worker()
+        self._reader = Worker()  # of its own: what one rank reads must not wait for what another has yet to start
+        self._settled: _Wait | None = None  # when all ranks' parts have their new values
         # At exit as well: whoever waits for this process must be told, and no thread may outlive the interpreter.
-        weakref.finalize(self, _hang_up, neighbours, self._worker)
+        self._finalizer = weakref.finalize(self, _hang_up, neighbours, self._worker, self._reader)
 
     @staticmethod
     def connect(messages: GlooCollectives) -> DirectCollectives | None:
@@ -119,9 +128,54 @@ class DirectCollectives(GlooCollectives):
 
         return self._start("all_reduce", carry_out)
 
+    @override
+    def publish(self, parts: Sequence[Tensor]) -> list[Published]:
+        everyone = self.gather_objects([part.data_ptr() for part in parts])
+        return [
+            Published(part, {peer: everyone[peer][position] for peer in self._peers()})
+            for position, part in enumerate(parts)
+        ]
+
+    @override
+    def fetch(self, source: Published, layout: Layout, buffer: Tensor) -> Pending:
+        """Nobody else has to do anything for it: see [Note: one-sided]."""
+        self.traffic.add("all_gather", sent_gathering(buffer, layout, self.rank))
+        settled = self._settled
+
+        def carry_out() -> None:
+            if settled is not None:
+                settled.wait()
+            for peer, address in source.addresses.items():
+                read_memory(self._neighbours.pids[peer], address, buffer[slice(*layout.part(peer))])
+
+        with torch.profiler.record_function("accel::all_gather"):
+            pending = self._reader.start(partial(self._or_hang_up, carry_out))
+            buffer[slice(*layout.part(self.rank))].copy_(source.part)
+        return pending
+
+    @override
+    def fence(self) -> Pending:
+        def meet() -> None:
+            self._neighbours.meet(_DONE)
+
+        self._settled = self._worker.submit(meet)
+        return Pending([self._settled])
+
     def _start(self, kind: str, job: Callable[[], None]) -> Pending:
         with torch.profiler.record_function(f"accel::{kind}"):  # shows in traces where a rank starts it
-            return self._worker.start(job)
+            return self._worker.start(partial(self._or_hang_up, job))
+
+    def _or_hang_up(self, job: Callable[[], None]) -> None:
+        """Carry out a job. After an error the ranks are out of step: none of the later ones may seem to succeed."""
+        try:
+            job()
+        except BaseException:
+            self._neighbours.close()
+            raise
+
+    @override
+    def close(self) -> None:
+        self._finalizer()
 
     def _add_up(self, buffer: Tensor, layout: Layout, out: Tensor, addresses: dict[int, int]) -> None:
         start, stop = layout.part(self.rank)
@@ -154,6 +208,10 @@ class Worker:
 
     def start(self, job: Callable[[], None]) -> Pending:
         """Have a job done; waiting for it raises what it raises."""
+        return Pending([self.submit(job)])
+
+    def submit(self, job: Callable[[], None]) -> _Wait:
+        """The same, to be waited for any number of times."""
         if self._thread is None:
             # A daemon, or Python would wait for it at exit before anything could tell it to end.
             arguments = (self._jobs, torch.get_num_threads())
@@ -161,7 +219,7 @@ class Worker:
             self._thread.start()
         future: Future[None] = Future()
         self._jobs.put((job, future))
-        return Pending([_Wait(future)])
+        return _Wait(future)
 
     def end(self) -> None:
         """Carry out what was started, then end the thread."""
@@ -171,9 +229,10 @@ class Worker:
                 self._thread.join()
 
 
-def _hang_up(neighbours: Neighbours, worker: Worker) -> None:
+def _hang_up(neighbours: Neighbours, *workers: Worker) -> None:
     neighbours.close()  # jobs that would wait for another rank fail now
-    worker.end()
+    for worker in workers:
+        worker.end()
 
 
 class _Wait:
@@ -184,6 +243,9 @@ class _Wait:
 
     def wait(self) -> None:
         self._future.result()
+
+    def is_completed(self) -> bool:
+        return self._future.done()
 
 
 @torch.no_grad()

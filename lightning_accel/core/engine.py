@@ -12,10 +12,11 @@ One training step of a row, with units u2, u1, u0 in launch order (the order in 
 All ranks launch the same reductions in one order: reverse registration order at first, then the order in which rank 0
 completed units in its first reducing backward. A unit that is ready early waits for its turn. One that is not ready at
 the end of backward (unused parameters, or fewer gradients than last time) is launched then, with zeros for what this
-rank does not contribute. No rank waits for a message before it has launched everything, or a rank that waits for data
-in the middle of backward could wait for one that waits for it. Units in which nothing requires a gradient (another
-optimizer is toggled on) are left out; the ranks check that they agree on which, by a message that is under way during
-backward and looked at before anything is waited for.
+rank does not contribute. No rank waits in the middle of backward for what another may send at its end only: the other
+may never get there, because it waits for this one in a collective of the model's own (synchronised BatchNorm). Only
+gloo's messages between machines have to be waited for, as they do not tell when they have arrived. Units in which
+nothing requires a gradient (another optimizer is toggled on) are left out; the ranks check that they agree on which, by
+a message that is under way during backward and looked at before anything is waited for.
 
 [Note: unused parameters]
 A parameter that no rank used keeps ``grad is None``: the optimizer does not touch it, weight decay and momentum
@@ -33,18 +34,19 @@ from __future__ import annotations
 import atexit
 import contextlib
 import weakref
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator, MutableMapping
+from contextlib import AbstractContextManager, contextmanager
 from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch.optim import Optimizer
+from torch.utils.weak import WeakIdKeyDictionary
 
-from lightning_accel.core.access import Access
+from lightning_accel.core.absent import arrive, depart
 from lightning_accel.core.agreement import BufferVersions, broadcast_tensors, synchronise
-from lightning_accel.core.clipping import clip_grad_norm, clip_grad_value
+from lightning_accel.core.clipping import clip_grad_norm, clip_grad_value, grad_norm
 from lightning_accel.core.collectives import Agreement, Collectives
 from lightning_accel.core.memory import keep_freed_memory
 from lightning_accel.core.optimizer import EngineOptimizer
@@ -52,13 +54,19 @@ from lightning_accel.core.partition import Units, find_blocks
 from lightning_accel.core.placement import Rest, Row, find_row
 from lightning_accel.core.pool import BufferPool
 from lightning_accel.core.report import Report, StepCounts, measure
+from lightning_accel.core.residency import Residency
 from lightning_accel.core.roster import Roster
-from lightning_accel.core.structure import Structure
+from lightning_accel.core.structure import Structure, is_compiled
 from lightning_accel.core.unit import Unit
 
 _IN_FLIGHT = 2
 """Reductions under way at once in rows that borrow gradient buffers, to bound that memory: one more unit's launch waits
 for the oldest, which has had the backward of two units to complete."""
+_PATIENCE_S = 1.0
+"""How long, at most and once in a backward: a rank that takes longer may itself be waiting for this one."""
+
+_engines: MutableMapping[nn.Parameter, weakref.ref[Engine]] = WeakIdKeyDictionary()
+"""The engine of each parameter."""
 
 
 class Engine:
@@ -102,18 +110,22 @@ class Engine:
             raise ValueError(f"Expected bucket_cap_mb to be positive, got {bucket_cap_mb}.")
         self.row = row if isinstance(row, Row) else find_row(row)
         self.module = module
+        for former in {id(e): e for e in (_engine_of(p) for p in module.parameters()) if e is not None}.values():
+            former.close()  # as when a cell of a notebook is run again
         self.collectives: Collectives = synchronise(module, group)
         if self.collectives.device.type == "cpu":
             keep_freed_memory()
         self.blocks = find_blocks(module, units)
         """The modules that form units, by name."""
 
+        self.is_compiled = False
+        """Whether the module is called by compiled code that is not part of it."""
         self.optimizers: list[EngineOptimizer] = []
         self._structure = Structure(module)
         self._buffers = BufferVersions(module)
         self._pool = BufferPool()
         self._roster = Roster(self.row, self.blocks, int(bucket_cap_mb * 2**20), self.collectives, self._pool)
-        self._access = Access()
+        self._residency = Residency(module, self.blocks, self.row, self.collectives, self.before_forward)
         self._gathers: dict[Unit, Callable[[], None]] = {}
         self._hooks: dict[nn.Parameter, Any] = {}
         self._counts = StepCounts()
@@ -125,9 +137,12 @@ class Engine:
         self._reducing = False
         self._active: list[Unit] = []  # what this backward reduces, in launch order
         self._next = 0  # position in ``_active`` of the next launch
+        self._patient = True  # whether this backward still waits for other ranks before it borrows more memory
         self._pattern: Agreement | None = None
         self._in_flight: list[Unit] = []
         self._completed: list[Unit] | None = []  # to learn the launch order from
+        for parameter in module.parameters():
+            _engines[parameter] = weakref.ref(self)
         # Whoever exits first must not leave its peers waiting for a message that was never sent.
         atexit.register(_wait_if_alive, weakref.ref(self))
 
@@ -194,23 +209,22 @@ class Engine:
         self._require_open()
         assert not self._in_backward
         self.wait()
-        self._roster.rebuild(self.names, self.optimizers)
+        with torch.inference_mode(False):  # the first forward may be one of evaluation
+            self._roster.rebuild(self.names, self.optimizers)
+            for optimizer in self.optimizers:
+                optimizer.lay_out()
         self._stale = False
         self._completed = []
-        for optimizer in self.optimizers:
-            optimizer.lay_out()
+        if self._residency.is_active:
+            self._residency.attach(self.units)
         current = self._roster.places
         for parameter in [p for p in self._hooks if p not in current]:
             self._hooks.pop(parameter).remove()
         for parameter in current:
-            if parameter not in self._hooks:
+            if parameter.requires_grad and parameter not in self._hooks:
                 self._hooks[parameter] = parameter.register_post_accumulate_grad_hook(  # type: ignore[no-untyped-call]
                     self._on_gradient
                 )
-        self._holders = {
-            unit: list({id(m): m for p in unit.parameters for m in self._structure.holders(p)}.values())
-            for unit in self.units
-        }
 
     def close(self, *, abandon: bool = False) -> None:
         """Finish what is under way and give the module its parameters' memory back. Optimizers can still save.
@@ -222,18 +236,32 @@ class Engine:
         if self._closed:
             return
         if abandon:
-            self._access.open_all()
+            for unit in self._gathers:
+                for parameter in unit.parameters:
+                    arrive(parameter)
             self._gathers.clear()
+            self.collectives.close()  # the others are told at once
+        else:
+            self._residency.before_update()  # others may read this rank's parts until here
         self.wait()
         for hook in self._hooks.values():
             hook.remove()
         self._hooks.clear()
         for unit in self.units:
-            unit.release()
+            unit.release(abandon=abandon)
+        self._residency.detach()
+        if not abandon:
+            self._residency.before_update()
         for optimizer in self.optimizers:
             optimizer.release()
         self._pool.clear()
+        self.collectives.close()
         self._closed = True
+
+    @property
+    def is_closed(self) -> bool:
+        """Whether ``close`` was called."""
+        return self._closed
 
     def _require_open(self) -> None:
         if self._closed:
@@ -246,31 +274,67 @@ class Engine:
 
     # ----------------------------------------------------------------- forward
 
-    def before_forward(self, *, compiled: bool = False) -> None:
-        """Call before each forward of the module.
+    @contextmanager
+    def forward_context(self) -> Iterator[None]:
+        """Within it, the module may be called and any part of it used. All ranks enter and leave it together.
 
-        Args:
-            compiled: Wait for all parameters now, because the forward is compiled and does not look them up.
+        Calling the module itself, outside of it, is right as well.
 
         Raises:
-            RuntimeError: If parameters were added, replaced or moved since set-up.
+            RuntimeError: As ``before_forward``.
+
+        """
+        self.before_forward()
+        with self._residency.forward():
+            yield
+
+    @torch.compiler.disable  # type: ignore[untyped-decorator]
+    def before_forward(self) -> None:
+        """Call before each forward of the module, to have what happened since the last one looked at.
+
+        Raises:
+            RuntimeError: If there are new parameters to train, or parameters changed their type.
 
         """
         self._require_open()
-        self._structure.require_unchanged(self._roster.views)
+        if torch.is_grad_enabled():
+            self._structure.require_unchanged(self._roster.views)
+            self._refresh()
+        self.build()
+
+    def _refresh(self) -> None:
+        """Lay out what was thawed, or came into an optimizer by itself, since the last time."""
         for optimizer in self.optimizers:
             optimizer.refresh()
-        if not self._stale and any(p.requires_grad for p in self._roster.frozen):
+        if any(p.requires_grad for p in self._roster.frozen):
             self._stale = True
-        if self._stale:
-            self.build()
-        if compiled:
-            self.wait()
+        self.build()
 
     def wait(self) -> None:
         """Wait until all parameters have the values of the last optimizer step."""
         for wait in list(self._gathers.values()):
             wait()
+        self._residency.settle()
+
+    def full_parameters(
+        self, module: nn.Module | None = None, *, writeback: bool = False
+    ) -> AbstractContextManager[None]:
+        """Within it, parameters have all of their values, whatever the row. All ranks enter and leave it together.
+
+        Args:
+            module: A part of the model, of which (and of whose units) the parameters are needed; all by default.
+            writeback: Keep changes that are made to the values. They must be the same on every rank.
+
+        Raises:
+            RuntimeError: On entering, if this is within forward or backward and parameters rest sharded.
+
+        """
+        self._require_open()
+        self.build()
+        self.wait()
+        wanted = set((module or self.module).parameters())
+        units = [unit for unit in self.units if not wanted.isdisjoint(unit.parameters)]
+        return self._residency.everything(units, writeback=writeback)
 
     # ---------------------------------------------------------------- backward
 
@@ -290,7 +354,7 @@ class Engine:
         """Within it, gradients may arrive. All ranks must enter and leave it together, once for each backward."""
         self._require_open()
         assert not self._in_backward, "backward within backward"
-        self.build()
+        self._refresh()
         for unit in self.units:
             unit.hide()
         self._in_backward = True
@@ -299,9 +363,11 @@ class Engine:
             active = [any(p.requires_grad for p in unit.parameters) for unit in self.units]
             self._active = [unit for unit, flag in zip(self.units, active, strict=True) if flag]
             self._next = 0
+            self._patient = True
             self._pattern = self.collectives.start_agreement(active)
         try:
-            yield
+            with self._residency.backward():
+                yield
             if self._reducing and self.units:
                 self._finish_reducing()
             for unit in self.units:
@@ -339,7 +405,7 @@ class Engine:
                 " embedding with sparse=False."
             )
         if unit.write(position, gradient) and self._reducing:
-            if self._completed is not None:
+            if self._completed is not None and unit not in self._completed:  # may be ready again, with more to come
                 self._completed.append(unit)
             while self._next < len(self._active) and self._active[self._next].is_ready:
                 self._launch_next()
@@ -348,10 +414,12 @@ class Engine:
         unit = self._active[self._next]
         self._next += 1
         self._check_pattern()
-        if self.row.accumulating is Rest.SHARDED and len(self._in_flight) >= _IN_FLIGHT:
-            self._in_flight.pop(0).finish()
+        if self.row.accumulating is Rest.SHARDED and len(self._in_flight) >= _IN_FLIGHT and self._patient:
+            self._patient = self._in_flight[0].wait_briefly(_PATIENCE_S)
+            if self._patient:
+                self._in_flight.pop(0).finish()
         for earlier in self._in_flight:
-            earlier.advance()
+            earlier.advance_if_ready()
         unit.reduce()
         self._in_flight.append(unit)
 
@@ -410,31 +478,44 @@ class Engine:
         """Called by optimizers before they use gradients."""
         self._require_open()
         assert not self._in_backward, "optimizer step within backward"
-        for optimizer in self.optimizers:
-            optimizer.refresh()
-        self.build()
+        self._refresh()
         # An update in place must not overtake the gather of the values it starts from.
         self.wait()
 
+    def before_update(self) -> None:
+        """Called by optimizers before they change this rank's parts."""
+        self._residency.before_update()
+
     def after_step(self, optimizer: EngineOptimizer) -> None:
         """Called by optimizers after the update: start to gather what other ranks have updated."""
-        if optimizer.sharded:
+        if optimizer.sharded or not optimizer.direct:
+            # The update went through other tensors. A graph made before it must not be used after it.
+            for unit in optimizer.used_units:
+                with torch._C.DisableTorchFunctionSubclass():
+                    torch.autograd.graph.increment_version(unit.parameters)
+        if self.row.parameters is Rest.SHARDED:
+            self._residency.after_update()
+        elif optimizer.sharded:
             for unit in optimizer.used_units:
                 self._gather(unit)
+            if self.is_compiled or is_compiled(self.module):
+                self.wait()  # compiled code sees no classes, and would be compiled again if they differed
         self._counts.close_step(self)
 
     def _gather(self, unit: Unit) -> None:
         pending = self.collectives.all_gather(unit.flat, unit.layout)
-        holders = self._holders[unit]
 
         def wait() -> None:
-            if self._gathers.pop(unit, None) is None:
+            if unit not in self._gathers:
                 return
-            self._access.open(holders, wait)
-            pending.wait()
+            pending.wait()  # first: if it is interrupted, the next reader waits again
+            if self._gathers.pop(unit, None) is not None:
+                for parameter in unit.parameters:
+                    arrive(parameter)
 
         self._gathers[unit] = wait
-        self._access.close(holders, wait)
+        for parameter, name in zip(unit.parameters, unit.names, strict=True):
+            depart(parameter, name, wait)
 
     def clip_grad_norm_(
         self, optimizer: Optimizer, max_norm: float, norm_type: float = 2.0, error_if_nonfinite: bool = False
@@ -455,8 +536,25 @@ class Engine:
         """
         added = self.find_optimizer(optimizer)
         return clip_grad_norm(
-            added.gradients(), float(max_norm), float(norm_type), error_if_nonfinite, added.sharded, self.collectives
+            added.gradients(),
+            float(max_norm),
+            float(norm_type),
+            error_if_nonfinite,
+            added.sharded,
+            self.collectives,
+            added.norm_dtype,
         )
+
+    def grad_norm(self, optimizer: Optimizer, norm_type: float = 2.0) -> Tensor:
+        """The global norm of the gradients of an optimizer's parameters. All ranks must call this together.
+
+        Args:
+            optimizer: The user's optimizer.
+            norm_type: p of the p-norm; may be ``inf``.
+
+        """
+        added = self.find_optimizer(optimizer)
+        return grad_norm(added.gradients(), float(norm_type), added.sharded, self.collectives, added.norm_dtype)
 
     def clip_grad_value_(self, optimizer: Optimizer, clip_value: float) -> None:
         """Clamp the gradients of an optimizer's parameters, as ``torch.nn.utils.clip_grad_value_``."""
@@ -480,12 +578,18 @@ class Engine:
 
     def report(self) -> Report:
         """Bytes at rest by kind of state, and what the last optimizer step sent, as really allocated and sent."""
-        return measure(self, self._counts, self._pool.peak_bytes)
+        return measure(self, self._counts, self._pool.peak_bytes, self._roster.gauge.peak)
+
+
+def _engine_of(parameter: nn.Parameter) -> Engine | None:
+    reference = _engines.get(parameter)
+    engine = None if reference is None else reference()
+    return None if engine is None or engine.is_closed else engine
 
 
 def _wait_if_alive(reference: weakref.ref[Engine]) -> None:
     engine = reference()
-    if engine is not None and not engine._closed and dist.is_initialized():
+    if engine is not None and not engine._closed:
         # A peer that has failed already is no news at exit.
-        with contextlib.suppress(RuntimeError):
+        with contextlib.suppress(RuntimeError, ValueError):
             engine.wait()

@@ -18,6 +18,7 @@ from __future__ import annotations
 import functools
 import types
 import warnings
+from collections import OrderedDict
 from collections.abc import Callable, Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -71,6 +72,9 @@ class EngineOptimizer:
     """
 
     def __init__(self, engine: Engine, optimizer: Optimizer) -> None:
+        former = getattr(optimizer, "_engine_optimizer", None)
+        if former is not None:
+            former.give_up()
         self.engine = engine
         self.optimizer = optimizer
         self.sharded = engine.row.optimizer_state is Rest.SHARDED
@@ -89,7 +93,8 @@ class EngineOptimizer:
         """State of whole parameters that are in no unit: not laid out yet, or frozen."""
         if not self.direct:  # it may have stepped or loaded a checkpoint before
             self.waiting_state = {p: v for p, v in optimizer.state.items() if isinstance(p, nn.Parameter)}
-            optimizer.state.clear()
+            for parameter in self.waiting_state:
+                del optimizer.state[parameter]
 
     @property
     def direct(self) -> bool:
@@ -139,13 +144,15 @@ class EngineOptimizer:
                         f"Expected every parameter of {type(self.optimizer).__name__} to belong to the"
                         f" {type(self.engine.module).__name__} that was set up, but parameter {position} of group"
                         f" {index} (shape {tuple(parameter.shape)}) does not.{hint} Create the optimizer from the"
-                        " parameters of the module that is passed to setup."
+                        " parameters of the module that is passed to setup. One optimizer for several modules: set"
+                        " them up as one, such as torch.nn.ModuleDict({...})."
                     )
                 for other in self.engine.optimizers:
                     if parameter in set(other.parameters()) and (other is not self or parameter in mine):
                         raise ValueError(
                             f"Expected each parameter in one optimizer, but {names[parameter]!r} is in a"
-                            f" {type(other.optimizer).__name__} already."
+                            f" {type(other.optimizer).__name__} already. To go on with another optimizer, set the"
+                            " module up anew together with it."
                         )
 
     def _current_members(self) -> list[list[nn.Parameter]]:
@@ -205,6 +212,37 @@ class EngineOptimizer:
             optimizer.state_dict = self.state_dict  # type: ignore[method-assign]
             optimizer.load_state_dict = self.load_state_dict  # type: ignore[method-assign]
 
+    def give_up(self) -> None:
+        """Make the optimizer what it was before, with its state by whole parameters. All ranks take part.
+
+        Raises:
+            ValueError: If its engine still trains it.
+
+        """
+        if not self.engine.is_closed:
+            raise ValueError(
+                f"Expected an optimizer that no engine has, got a {type(self.optimizer).__name__} that was set up"
+                " already. Set each optimizer up once."
+            )
+        optimizer = self.optimizer
+        if not self.direct:
+            full = optimizer_state.gather(self)
+            parameters = list(self.parameters())
+            if self.sharded:
+                mine = full and [full.get(parameter) for parameter in parameters]
+                everyone = self.engine.collectives.gather_objects(mine)
+                full = {p: values for p, values in zip(parameters, everyone[0], strict=True) if values is not None}
+            assert full is not None
+            for key in [key for key in optimizer.state if isinstance(key, Tensor)]:
+                del optimizer.state[key]
+            for parameter, values in full.items():
+                optimizer.state[parameter] = values
+        optimizer.step = self._original_step  # type: ignore[method-assign]
+        optimizer.add_param_group = self._original_add_group  # type: ignore[method-assign]
+        optimizer.state_dict = self._original_state_dict  # type: ignore[method-assign]
+        optimizer.load_state_dict = self._original_load  # type: ignore[method-assign]
+        del optimizer._engine_optimizer  # type: ignore[attr-defined]
+
     def add_param_group(self, group: dict[str, Any]) -> None:
         """As ``Optimizer.add_param_group``; the parameters must be the module's.
 
@@ -260,8 +298,16 @@ class EngineOptimizer:
         self._prepare()
         self._refine_segments()
         active = [s for s in self.segments if s.unit.content[s.pieces[0].slot] is Content.REDUCED]
-        self._run(active, **kwargs)
+        self.engine.before_update()
+        # What users hang on the end of a step wants the module's parameters, on every rank.
+        hooks, self.optimizer._optimizer_step_post_hooks = self.optimizer._optimizer_step_post_hooks, OrderedDict()
+        try:
+            self._run(active, **kwargs)
+        finally:
+            self.optimizer._optimizer_step_post_hooks = hooks
         self.engine.after_step(self)
+        for hook in hooks.values():
+            hook(self.optimizer, (), kwargs)
         return loss
 
     def _step_direct(self, closure: Callable[[], Any] | None, **kwargs: Any) -> Any:
@@ -311,6 +357,8 @@ class EngineOptimizer:
             self.optimizer.param_groups = [group for group in groups if group["params"]]
             if active:
                 self._original_step(**kwargs)
+            else:
+                self.optimizer._opt_called = True  # type: ignore[attr-defined]  # what LR schedulers look at
         finally:
             self.optimizer.param_groups = groups
             for group, parameters in zip(groups, shown, strict=True):
@@ -340,6 +388,11 @@ class EngineOptimizer:
         return found
 
     @property
+    def norm_dtype(self) -> torch.dtype:
+        """The dtype that the norm of all gradients has: on every rank the same."""
+        return functools.reduce(torch.promote_types, [u.flat.dtype for u in self.used_units], torch.float32)
+
+    @property
     def used_units(self) -> list[Unit]:
         """Units of which any parameter has a gradient: on every rank the same."""
         return [unit for unit in self._units if Content.REDUCED in unit.content]
@@ -356,14 +409,19 @@ class EngineOptimizer:
         full = optimizer_state.gather(self)
         if full is None:
             return {}
-        kept, self.optimizer.state = self.optimizer.state, full  # type: ignore[assignment]
+        # Some optimizers keep values of their own under names.
+        shown: dict[Any, Any] = {key: value for key, value in self.optimizer.state.items() if isinstance(key, str)}
+        shown.update(full)
+        kept, self.optimizer.state = self.optimizer.state, shown  # type: ignore[assignment]
         try:
             return self._original_state_dict()
         finally:
             self.optimizer.state = kept
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Load what ``state_dict`` returned, under any row and number of ranks. Every rank passes the full state.
+        """Load what ``state_dict`` returned, under any row and number of ranks.
+
+        Every rank passes the full state, or, where optimizer state rests sharded, the others ``{}``.
 
         Raises:
             ValueError: If it does not fit; everything that does not is listed.
@@ -371,11 +429,18 @@ class EngineOptimizer:
         """
         self.refresh()
         self.engine.build()
+        if self.sharded:
+            given = self.engine.collectives.gather_objects(bool(state_dict))
+            if any(given) and not all(given):  # as state_dict() gives it: on one rank only
+                source = given.index(True)
+                mine = state_dict if self.engine.collectives.rank == source else None
+                state_dict = self.engine.collectives.gather_objects(mine)[source]
         optimizer_state.require_fit(self, state_dict)
         parameters = list(self.parameters())
-        state = {parameters[index]: values for index, values in state_dict["state"].items()}
+        saved = state_dict["state"]
+        state = {parameters[index]: values for index, values in saved.items() if isinstance(index, int)}
         self.optimizer.state.clear()
-        self._original_load({**state_dict, "state": {}})
+        self._original_load({**state_dict, "state": {k: v for k, v in saved.items() if not isinstance(k, int)}})
         self._members = self._current_members()
         placed = {parameter for unit in self._units for parameter in unit.parameters}
         self.waiting_state = {p: dict(values) for p, values in state.items() if p not in placed}

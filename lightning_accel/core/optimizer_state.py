@@ -198,6 +198,8 @@ def require_fit(optimizer: EngineOptimizer, state_dict: Mapping[str, Any]) -> No
     if not problems:
         parameters = list(optimizer.parameters())
         for index, values in state_dict["state"].items():
+            if not isinstance(index, int):
+                continue  # a value of the optimizer's own
             if index not in range(len(parameters)):
                 problems.append(f"unexpected: state of parameter number {index}, of {len(parameters)}")
                 continue

@@ -85,9 +85,19 @@ def _repeated_blocks(modules: dict[str, nn.Module]) -> dict[str, nn.Module]:
     return {name: block for name, block in blocks.items() if not any(name.startswith(f"{o}.") for o in blocks)}
 
 
+@dataclass(frozen=True)
+class Group:
+    """Parameters that become one unit, or one for each of their kinds."""
+
+    name: str
+    members: list[NamedParameter]
+    block: str | None
+    """The block that all of them belong to, if it is one."""
+
+
 def partition(
-    parameters: Sequence[NamedParameter], blocks: dict[str, nn.Module], cap_bytes: int
-) -> list[tuple[str, list[NamedParameter]]]:
+    parameters: Sequence[NamedParameter], blocks: dict[str, nn.Module], cap_bytes: int, *, join_blocks: bool = True
+) -> list[Group]:
     """Group parameters into units, in the order in which the parameters are registered.
 
     Each block's parameters stay together; small neighbouring blocks are joined, and parameters outside of blocks are
@@ -97,9 +107,7 @@ def partition(
         parameters: What to group.
         blocks: The modules whose parameters stay together.
         cap_bytes: Size up to which small groups are joined.
-
-    Returns:
-        Names of units and their parameters.
+        join_blocks: Whether blocks may be joined with their neighbours.
 
     """
     holders: dict[int, list[str]] = {}
@@ -116,10 +124,18 @@ def partition(
         if len(holder) == 1:
             index[holder[0]] = len(groups)
         groups.append((holder[0] if len(holder) == 1 else None, [named]))
-    units = []
-    for packed in pack([sum(named.nbytes for named in group) for _, group in groups], cap_bytes):
-        members = [named for position in packed for named in groups[position][1]]
-        first, last = groups[packed[0]], groups[packed[-1]]
-        names = [first[0] or first[1][0].name, last[0] or last[1][-1].name]
-        units.append((names[0] if names[0] == names[1] else f"{names[0]} … {names[1]}", members))
-    return units
+    runs: list[list[tuple[str | None, list[NamedParameter]]]] = [[]]
+    for group in groups:
+        apart = not join_blocks and (group[0] is not None or (runs[-1] and runs[-1][-1][0] is not None))
+        if apart and runs[-1]:
+            runs.append([])
+        runs[-1].append(group)
+    found = []
+    for run in runs:
+        for packed in pack([sum(named.nbytes for named in group) for _, group in run], cap_bytes):
+            members = [named for position in packed for named in run[position][1]]
+            first, last = run[packed[0]], run[packed[-1]]
+            names = [first[0] or first[1][0].name, last[0] or last[1][-1].name]
+            name = names[0] if names[0] == names[1] else f"{names[0]} … {names[1]}"
+            found.append(Group(name, members, first[0] if len(packed) == 1 else None))
+    return found

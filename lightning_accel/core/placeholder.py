@@ -68,5 +68,6 @@ class ShardedGradient(torch.Tensor):
             f"Expected an operation that needs no values, got {func.name()} on the gradient of"
             f" {found[0].parameter_name!r}, which rests sharded: no rank has all of its values. To clip, use"
             " Trainer(gradient_clip_val=...), self.clip_gradients(...), fabric.clip_gradients(...) or"
-            " engine.clip_grad_norm_(optimizer, ...); to read it, engine.full_gradient(parameter) on every rank."
+            " engine.clip_grad_norm_(optimizer, ...); to read it, engine.full_gradient(parameter) on every rank;"
+            " to log its norm, engine.grad_norm(optimizer)."
         )

@@ -30,7 +30,9 @@ class Row:
     name: str
     """The name after ``accel_``."""
     parameters: Rest
-    """Where parameters rest between forward, backward and step."""
+    """Where parameters rest between steps."""
+    computing: Rest
+    """Where the parameters of a block rest between its forward and its backward."""
     accumulating: Rest
     """Where gradients rest between the micro-batches of one optimizer step. Replicated: each rank adds up its own
     contributions and nothing is sent until the accumulation boundary. Sharded: every backward reduces."""
@@ -41,6 +43,8 @@ class Row:
 
     def __post_init__(self) -> None:
         assert (self.gradients is Rest.SHARDED) == (self.optimizer_state is Rest.SHARDED), "a shard updates a shard"
+        assert self.parameters is Rest.SHARDED or self.computing is Rest.REPLICATED, "what rests replicated is there"
+        assert self.parameters is Rest.REPLICATED or self.gradients is Rest.SHARDED, "only shards are updated"
         assert self.accumulating is Rest.REPLICATED or self.gradients is Rest.SHARDED, "a reduced shard stays a shard"
 
     def wire_bytes(self, parameter_bytes: int, ranks: int, backwards: int = 1) -> float:
@@ -54,6 +58,8 @@ class Row:
         """
         part = parameter_bytes * (ranks - 1) / ranks
         reductions = 1 if self.accumulating is Rest.REPLICATED else backwards
+        if self.parameters is Rest.SHARDED:
+            return part * backwards * (3 if self.computing is Rest.SHARDED else 2)
         return part * (reductions + 1)  # the other one gathers: gradients (all-reduce) or updated parameters
 
     def rest_bytes(self, parameter_bytes: int, ranks: int, states_per_parameter: int = 2) -> dict[str, float]:
@@ -79,9 +85,12 @@ _R, _S = Rest.REPLICATED, Rest.SHARDED
 ROWS: dict[str, Row] = {
     row.name: row
     for row in (
-        Row(name="ddp", parameters=_R, accumulating=_R, gradients=_R, optimizer_state=_R),
-        Row(name="zero1", parameters=_R, accumulating=_R, gradients=_S, optimizer_state=_S),
-        Row(name="zero2", parameters=_R, accumulating=_S, gradients=_S, optimizer_state=_S),
+        Row(name="ddp", parameters=_R, computing=_R, accumulating=_R, gradients=_R, optimizer_state=_R),
+        Row(name="zero1", parameters=_R, computing=_R, accumulating=_R, gradients=_S, optimizer_state=_S),
+        Row(name="zero2", parameters=_R, computing=_R, accumulating=_S, gradients=_S, optimizer_state=_S),
+        Row(name="zero3", parameters=_S, computing=_S, accumulating=_S, gradients=_S, optimizer_state=_S),
+        Row(name="fsdp", parameters=_S, computing=_S, accumulating=_S, gradients=_S, optimizer_state=_S),
+        Row(name="fsdp_partial", parameters=_S, computing=_R, accumulating=_S, gradients=_S, optimizer_state=_S),
     )
 }
 """The placement table, by name."""

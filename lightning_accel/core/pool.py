@@ -18,7 +18,7 @@ class BufferPool:
         self.peak_bytes = 0
 
     def borrow(self, numel: int, dtype: torch.dtype, device: torch.device) -> Tensor:
-        """A buffer of exactly ``numel`` elements with arbitrary finite content."""
+        """A buffer of at least ``numel`` elements with arbitrary finite content."""
         fits = [i for i, t in enumerate(self._free) if t.numel() >= numel and t.dtype == dtype]
         if fits:
             buffer = self._free.pop(min(fits, key=lambda i: self._free[i].numel()))

@@ -12,6 +12,7 @@ from lightning_accel.core.collectives import nbytes
 
 if TYPE_CHECKING:
     from lightning_accel.core.engine import Engine
+    from lightning_accel.core.unit import Unit
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -29,6 +30,8 @@ class Report:
     """Of those, bytes that belong to no parameter: ``parameters``, ``gradients``."""
     transient: int
     """Most bytes of gradient buffers that were borrowed at once and given back before the step's end."""
+    gathered: int
+    """Most bytes of whole parameters that were gathered at once, in rows whose parameters rest sharded."""
     steps: int
     """Optimizer steps so far."""
     collectives: dict[str, int] = field(default_factory=dict)
@@ -53,6 +56,8 @@ class Report:
         total = sum(self.at_rest.values())
         lines.append(f"    {'total':<22}{total:>16,}{_human(total):>12}")
         lines.append(f"    {'borrowed at most':<22}{self.transient:>16,}{_human(self.transient):>12}")
+        if self.gathered:
+            lines.append(f"    {'gathered at most':<22}{self.gathered:>16,}{_human(self.gathered):>12}")
         lines.append(f"  {'sent in the last step':<24}{'bytes':>16}{'':>12}  operations")
         for kind, size in self.bytes_sent.items():
             lines.append(
@@ -81,10 +86,11 @@ class StepCounts:
             unit.writes = 0
 
 
-def measure(engine: Engine, counts: StepCounts, transient: int) -> Report:
+def measure(engine: Engine, counts: StepCounts, transient: int, gathered: int) -> Report:
     """The report of an engine, from the memory it really holds."""
     module = engine.module
-    flats = [unit.flat for unit in engine.units]
+    trained = [unit for unit in engine.units if any(p.requires_grad for p in unit.parameters)]
+    frozen = [unit.memory.resting for unit in engine.units if unit not in trained]
     gradients = [unit.grad if unit.grad is not None else unit.rest for unit in engine.units]
     ours = {p for unit in engine.units for p in unit.parameters}
     state = [value for o in engine.optimizers for values in o.optimizer.state.values() for value in _tensors(values)]
@@ -93,14 +99,14 @@ def measure(engine: Engine, counts: StepCounts, transient: int) -> Report:
         rank=engine.collectives.rank,
         world_size=engine.collectives.ranks,
         at_rest={
-            "parameters": _bytes(flats),
+            "parameters": _bytes([unit.memory.resting for unit in trained]),
             "gradients": _bytes([g for g in gradients if g is not None]),
             "optimizer_state": _bytes(state),
-            "frozen_parameters": _bytes([p for p in module.parameters() if p not in ours]),
+            "frozen_parameters": _bytes([p for p in module.parameters() if p not in ours]) + _bytes(frozen),
             "buffers": _bytes(list(module.buffers())),
         },
         padding={
-            "parameters": sum(unit.layout.padding * unit.flat.element_size() for unit in engine.units),
+            "parameters": sum(_padding(unit, unit.memory.is_sharded) * unit.flat.element_size() for unit in trained),
             "gradients": sum(
                 unit.gradient_padding * unit.flat.element_size()
                 for unit, gradient in zip(engine.units, gradients, strict=True)
@@ -108,11 +114,18 @@ def measure(engine: Engine, counts: StepCounts, transient: int) -> Report:
             ),
         },
         transient=transient,
+        gathered=gathered,
         steps=counts.steps,
         collectives=dict(counts.collectives),
         bytes_sent=dict(counts.bytes_sent),
         copies=dict(counts.copies),
     )
+
+
+def _padding(unit: Unit, sharded: bool) -> int:
+    """Elements of a unit's buffer, or of this rank's part of it, that belong to no parameter."""
+    start, stop = unit.part if sharded else (0, unit.layout.total)
+    return stop - start - sum(piece.stop - piece.start for piece in unit.layout.pieces(start, stop))
 
 
 def _tensors(values: Mapping[str, Any]) -> list[Tensor]:

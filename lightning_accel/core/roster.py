@@ -11,8 +11,9 @@ from torch import Tensor, nn
 from lightning_accel.core.agreement import require_same
 from lightning_accel.core.collectives import Collectives
 from lightning_accel.core.layout import balance, even_layout, owned_layout
-from lightning_accel.core.partition import NamedParameter, partition
-from lightning_accel.core.placement import Row
+from lightning_accel.core.parameter_memory import Gauge
+from lightning_accel.core.partition import Group, NamedParameter, partition
+from lightning_accel.core.placement import Rest, Row
 from lightning_accel.core.pool import BufferPool
 from lightning_accel.core.unit import Content, Unit
 
@@ -42,6 +43,7 @@ class Roster:
         self._cap_bytes = cap_bytes
         self._collectives = collectives
         self._pool = pool
+        self.gauge = Gauge()
         self.units: list[Unit] = []
         """In launch order."""
         self.owner: dict[Unit, EngineOptimizer | None] = {}
@@ -51,7 +53,7 @@ class Roster:
         self.views: dict[nn.Parameter, Tensor] = {}
         """The memory of each trainable parameter."""
         self.frozen: list[nn.Parameter] = []
-        """Parameters that are in no unit."""
+        """Parameters that required no gradient when units were laid out."""
 
     def rebuild(self, names: Mapping[nn.Parameter, str], optimizers: Sequence[EngineOptimizer]) -> None:
         """Lay out all trainable parameters that are not in a unit of an optimizer. All ranks take part.
@@ -70,36 +72,42 @@ class Roster:
         free = [
             NamedParameter(name, parameter)
             for parameter, name in names.items()
-            if parameter not in self.places and parameter.requires_grad
+            if parameter not in self.places and (parameter.requires_grad or self._row.parameters is Rest.SHARDED)
         ]
         number = {optimizer: index for index, optimizer in enumerate(optimizers)}
         lines = [
             f"parameter {named.name!r} in optimizer {number.get(holder.get(named.parameter))}"  # type: ignore[arg-type]
+            + (", trainable" if named.parameter.requires_grad else ", frozen")
             for named in free
         ]
         require_same(lines, self._collectives, "trainable parameters")
 
-        groups: list[tuple[str, EngineOptimizer | None, list[NamedParameter]]] = []
-        for name, members in partition(free, self._blocks, self._cap_bytes):
-            kinds: dict[tuple[torch.dtype, EngineOptimizer | None], list[NamedParameter]] = {}
-            for named in members:
-                key = (named.parameter.dtype, holder.get(named.parameter))
+        groups: list[tuple[Group, EngineOptimizer | None, list[NamedParameter]]] = []
+        join = self._row.parameters is Rest.REPLICATED  # what is joined must be gathered together
+        for group in partition(free, self._blocks, self._cap_bytes, join_blocks=join):
+            kinds: dict[tuple[torch.dtype, EngineOptimizer | None, bool], list[NamedParameter]] = {}
+            for named in group.members:
+                key = (named.parameter.dtype, holder.get(named.parameter), named.parameter.requires_grad)
                 kinds.setdefault(key, []).append(named)
-            groups += [(name, owner, kind) for (_, owner), kind in kinds.items()]
+            groups += [(group, owner, kind) for (_, owner, _), kind in kinds.items()]
         owners = self._share_out(groups)
         built = []
-        for name, owner, members in groups:
-            unit = self._make(name, members, owners)
+        for group, owner, members in groups:
+            unit = self._make(group, members, owners)
             self.owner[unit] = owner
             built.append(unit)
         # Backward completes units from the last to the first.
         self.units = [*reversed(built), *self.units]
         self.places = {p: (unit, i) for unit in self.units for i, p in enumerate(unit.parameters)}
-        self.views = {p: unit.view(unit.flat, i) for p, (unit, i) in self.places.items()}
-        self.frozen = [parameter for parameter in names if parameter not in self.places]
+        self.views = {p: unit.memory.views[i] for p, (unit, i) in self.places.items()}
+        self.frozen = [parameter for parameter in names if not parameter.requires_grad]
+        if built and built[0].memory.is_sharded:
+            published = self._collectives.publish([unit.memory.mine for unit in built])
+            for unit, source in zip(built, published, strict=True):
+                unit.memory.source = source
 
     def _share_out(
-        self, groups: Sequence[tuple[str, EngineOptimizer | None, list[NamedParameter]]]
+        self, groups: Sequence[tuple[Group, EngineOptimizer | None, list[NamedParameter]]]
     ) -> dict[nn.Parameter, int]:
         """The rank that owns each parameter whose optimizer needs it whole, balanced over the whole model."""
         whole = [
@@ -111,7 +119,7 @@ class Roster:
         ranks = balance([parameter.numel() for parameter in whole], self._collectives.ranks)
         return dict(zip(whole, ranks, strict=True))
 
-    def _make(self, name: str, members: Sequence[NamedParameter], owners: Mapping[nn.Parameter, int]) -> Unit:
+    def _make(self, group: Group, members: Sequence[NamedParameter], owners: Mapping[nn.Parameter, int]) -> Unit:
         parameters = [named.parameter for named in members]
         ranks = self._collectives.ranks
         if parameters[0] in owners:
@@ -119,7 +127,8 @@ class Roster:
         else:
             layout = even_layout([p.shape for p in parameters], ranks)
         names = [named.name for named in members]
-        return Unit(name, parameters, names, layout, self._row, self._collectives, self._pool)
+        block = None if group.block is None else self._blocks[group.block]
+        return Unit(group.name, parameters, names, layout, self._row, self._collectives, self._pool, self.gauge, block)
 
     def _dissolve(self, unit: Unit) -> None:
         """Take a unit apart that belongs to no optimizer. Gradients that it has are kept."""

@@ -30,11 +30,11 @@ class Segment:
         self.whole = whole
         self.start = self.pieces[0].start
         self.stop = self.pieces[-1].stop
+        self.tensor = unit.memory.own(self.start, self.stop)
         if whole:
             assert len(self.pieces) == 1
-            self.tensor = unit.view(unit.flat, self.pieces[0].slot)
-        else:
-            self.tensor = unit.flat[self.start : self.stop]
+            position = self.pieces[0].slot
+            self.tensor = self.tensor.as_strided(unit.parameters[position].shape, unit.memory.strides[position])
 
     def gradient(self) -> Tensor:
         """The reduced gradient, shaped as the tensor."""

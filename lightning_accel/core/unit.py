@@ -3,7 +3,7 @@
 A unit is a set of parameters of one dtype whose gradients are reduced together and whose updated values are gathered
 together. Its memory::
 
-    flat    |======== parameters, padded =======|   every parameter's data is a view of it
+    flat    |======== parameters, padded =======|   every parameter's data is a view of it, see ParameterMemory
     grad    |======== gradients ================|   this rank's contributions, for rows that add them up locally;
                                                     borrowed for one backward from a pool otherwise
     rest    |=================|                     where reduced gradients rest on this rank: all of ``grad``, this
@@ -18,6 +18,7 @@ buffer is ever zeroed as a whole.
 
 from __future__ import annotations
 
+import time
 import weakref
 from collections.abc import Callable, Sequence
 from enum import Enum, auto
@@ -28,9 +29,12 @@ from torch import Tensor, nn
 from lightning_accel.core.collectives import Collectives, Pending
 from lightning_accel.core.layout import Layout
 from lightning_accel.core.memory import zeros
+from lightning_accel.core.parameter_memory import Gauge, ParameterMemory
 from lightning_accel.core.placeholder import ShardedGradient
 from lightning_accel.core.placement import Rest, Row
 from lightning_accel.core.pool import BufferPool
+
+_POLL_S = 1e-4
 
 
 class Content(Enum):
@@ -66,6 +70,8 @@ class Unit:
         row: Where gradients rest.
         collectives: What sends and receives.
         pool: Lends gradient buffers to rows that keep none.
+        gauge: Told about memory of gathered parameters.
+        block: The module that all of the parameters belong to; None if that is just the whole model.
 
     """
 
@@ -78,16 +84,18 @@ class Unit:
         row: Row,
         collectives: Collectives,
         pool: BufferPool,
+        gauge: Gauge,
+        block: nn.Module | None = None,
     ) -> None:
         self.name = name
         self.layout = layout
+        self.block = block
         self.parameters = [parameters[slot.index] for slot in layout.slots]
         self.names = [names[slot.index] for slot in layout.slots]
         self._row = row
         self._collectives = collectives
         self._pool = pool
         self._scale = 1.0 / collectives.ranks
-        self._strides = [_dense_strides(parameter) for parameter in self.parameters]
         self.content = [Content.NONE] * len(self.parameters)
         self.phase = Phase.FILLING
         self.arrivals = [0] * len(self.parameters)
@@ -99,14 +107,9 @@ class Unit:
         self._kept: set[int] = set()
         self.writes = 0
 
-        first = self.parameters[0]
-        self.flat = zeros(layout.total, first.dtype, first.device)
-        with torch.no_grad():
-            for position, parameter in enumerate(self.parameters):
-                view = self.view(self.flat, position)
-                view.copy_(parameter)
-                parameter.data = view
+        self.memory = ParameterMemory(self.parameters, self.names, layout, row, collectives, gauge)
         self.grad: Tensor | None = None
+        self._borrowed: Tensor | None = None
         self._grad_views: list[Tensor] = []
         self.rest: Tensor | None = None
         sharded = row.gradients is Rest.SHARDED
@@ -119,11 +122,14 @@ class Unit:
     # ------------------------------------------------------------------ memory
 
     @property
+    def flat(self) -> Tensor:
+        """The buffer of the parameters; it may have no memory just now."""
+        return self.memory.buffer
+
+    @property
     def part(self) -> tuple[int, int]:
-        """The range of the buffer that this rank updates: all of it unless optimizer state rests sharded."""
-        if self._row.optimizer_state is Rest.SHARDED:
-            return self.layout.part(self._collectives.rank)
-        return 0, self.layout.total
+        """The range of the buffer that this rank updates."""
+        return self.memory.part
 
     @property
     def gradient_padding(self) -> int:
@@ -135,20 +141,13 @@ class Unit:
 
     def view(self, buffer: Tensor, position: int) -> Tensor:
         """The slot of the parameter at ``position``, shaped and strided as the parameter is."""
-        slot = self.layout.slots[position]
-        return buffer.as_strided(
-            self.parameters[position].shape, self._strides[position], buffer.storage_offset() + slot.start
-        )
+        return self.memory.view(buffer, position)
 
-    def release(self) -> None:
-        """Give the parameters memory of their own again and drop all gradients."""
-        with torch.no_grad():
-            for position, parameter in enumerate(self.parameters):
-                parameter.grad = None
-                parameter.data = torch.empty_strided(
-                    parameter.shape, self._strides[position], dtype=parameter.dtype, device=parameter.device
-                ).copy_(parameter)
-        self.flat = self.flat.new_empty(0)
+    def release(self, *, abandon: bool = False) -> None:
+        """Give the parameters memory of their own again and drop all gradients; see ``ParameterMemory.release``."""
+        for parameter in self.parameters:
+            parameter.grad = None
+        self.memory.release(abandon=abandon)
         self.grad = self.rest = self._aside = None
         self._grad_views = []
 
@@ -160,7 +159,8 @@ class Unit:
             self.grad = zeros(self.layout.total, self.flat.dtype, self.flat.device)
             self.rest = self.grad[slice(*self.part)]
         else:
-            self.grad = self._pool.borrow(self.layout.total, self.flat.dtype, self.flat.device)
+            self._borrowed = self._pool.borrow(self.layout.total, self.flat.dtype, self.flat.device)
+            self.grad = self._borrowed[: self.layout.total]
             if self.rest is None:
                 start, stop = self.part
                 self.rest = self.flat.new_zeros(stop - start)
@@ -168,9 +168,9 @@ class Unit:
 
     def _close_buffers(self) -> None:
         """Give the borrowed gradient buffer back."""
-        assert self.grad is not None
-        self._pool.give_back(self.grad)
-        self.grad = None
+        assert self._borrowed is not None
+        self._pool.give_back(self._borrowed)
+        self.grad = self._borrowed = None
         self._grad_views = []
 
     # ---------------------------------------------------- what the user sees
@@ -199,7 +199,7 @@ class Unit:
         assert self.rest is not None
         slot = self.layout.slots[position]
         whole = value.new_empty(slot.numel)
-        whole.as_strided(value.shape, self._strides[position]).copy_(value)
+        whole.as_strided(value.shape, self.memory.strides[position]).copy_(value)
         start, stop = self.part
         begin, end = max(slot.start, start), min(slot.stop, stop)
         if begin < end:
@@ -223,9 +223,11 @@ class Unit:
         sharded = self._row.gradients is Rest.SHARDED
         for position, parameter in enumerate(self.parameters):
             content = self.content[position]
-            if content is Content.LOCAL or (content is Content.REDUCED and not sharded):
+            if position in self._kept:  # some of it is here, some elsewhere
+                parameter.grad = self._placeholders[position]
+            elif content is Content.LOCAL or (content is Content.REDUCED and not sharded):
                 parameter.grad = self._grad_views[position]
-            elif content is Content.REDUCED or position in self._kept:
+            elif content is Content.REDUCED:
                 parameter.grad = self._placeholders[position]
             else:
                 parameter.grad = None
@@ -237,6 +239,8 @@ class Unit:
         slot = self.layout.slots[position]
         place = self.rest if self._aside is None else self._aside
         place[max(slot.start - start, 0) : max(slot.stop - start, 0)].zero_()
+        if self.content[position] is Content.LOCAL:
+            self._grad_views[position].zero_()
 
     # -------------------------------------------------------------- gradients
 
@@ -293,8 +297,8 @@ class Unit:
         assert self.rest is not None
         if self._row.gradients is Rest.REPLICATED:
             # Every rank has the same mean: a share of it from each adds up to it again.
-            self.grad.mul_(self._scale)
             for position in reduced:
+                self._grad_views[position].mul_(self._scale)
                 self.content[position] = Content.LOCAL
             return
         self._kept |= reduced
@@ -333,6 +337,29 @@ class Unit:
         """Let a reduction of several phases enter the next."""
         assert self._reduction is not None
         self._reduction.advance()
+
+    def advance_if_ready(self) -> None:
+        """The same, unless that would mean to wait."""
+        assert self._reduction is not None
+        if self._reduction.is_ready():
+            self._reduction.advance()
+
+    def wait_briefly(self, seconds: float) -> bool:
+        """Wait for a reduction no longer than ``seconds``. On CUDA nothing has to be waited for.
+
+        Returns:
+            Whether ``finish`` does not block now.
+
+        """
+        assert self._reduction is not None
+        if self.flat.device.type != "cpu":
+            return True
+        end = time.monotonic() + seconds
+        while not self._reduction.is_ready():
+            if time.monotonic() > end:
+                return False
+            time.sleep(_POLL_S)
+        return True
 
     def finish(self) -> None:
         """Wait for the reduction and put its result to rest."""
@@ -412,20 +439,6 @@ class Unit:
         assert self.rest is not None
         first, _ = self.part
         return self.rest[start - first : stop - first]
-
-
-def _dense_strides(parameter: Tensor) -> tuple[int, ...]:
-    """Strides to lay a parameter out with.
-
-    Its own if its elements fill one block of memory (channels-last, transposed), else those of a contiguous tensor.
-    """
-    expected = 1
-    for size, stride in sorted(zip(parameter.shape, parameter.stride(), strict=True), key=lambda pair: pair[::-1]):
-        if size > 1:
-            if stride != expected:
-                return torch.empty(parameter.shape, device="meta").stride()
-            expected *= size
-    return parameter.stride()
 
 
 def _zeroing(unit: Unit, position: int) -> Callable[[], None]:

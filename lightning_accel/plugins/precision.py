@@ -19,6 +19,8 @@ from torch.optim import Optimizer
 from lightning_accel.core.engine import Engine
 from lightning_accel.core.optimizer import EngineOptimizer
 
+_CLIPPING = ("clip_gradients", "clip_grad_by_norm", "clip_grad_by_value")
+
 
 def engine_optimizer(optimizer: Any) -> EngineOptimizer | None:
     """The engine's side of an optimizer, wrapped by Lightning or not; None if no engine has it."""
@@ -31,12 +33,14 @@ def with_engine_clipping(plugin: Precision) -> Precision:
     """A copy of a Trainer precision plugin that clips through the engine.
 
     Args:
-        plugin: Any precision plugin; it is left as it is.
+        plugin: Any precision plugin; it is left as it is, and used as it is if its class clips in its own way.
 
     Returns:
         A plugin of the same class, so that the state it saves is found again under the same name.
 
     """
+    if any(not getattr(type(plugin), name).__module__.startswith("lightning.") for name in _CLIPPING):
+        return plugin  # a class of the user's, with rules of its own about clipping
     changed = copy.copy(plugin)
     changed.__dict__["clip_gradients"] = partial(_clip_gradients, plugin)
     return changed

@@ -21,8 +21,10 @@ from core.toys import (
     sgd,
     train,
     train_alone,
+    values,
 )
-from lightning_accel.core import ROWS, Engine
+from lightning_accel.core import ROWS, Engine, Rest
+from lightning_accel.core.layout import ALIGNMENT
 from lightning_accel.core.placeholder import ShardedGradient
 from lightning_accel.core.unit import Content
 
@@ -123,8 +125,10 @@ def two_dtypes(row):
     engine.add_optimizer(optimizer)
     train(engine, optimizer, 3)
     dtypes = {unit.flat.dtype for unit in engine.units}
-    moved = not torch.equal(module.gain[0], torch.ones_like(module.gain[0]))
-    everyone = engine.collectives.gather_objects(module.gain[0].tolist())
+    with engine.full_parameters():
+        gain = module.gain[0].detach().clone()
+    moved = not torch.equal(gain, torch.ones_like(gain))
+    everyone = engine.collectives.gather_objects(gain.tolist())
     return dtypes, moved, all(values == everyone[0] for values in everyone)
 
 
@@ -184,7 +188,7 @@ def twice_backward(row, zero_between):
             engine.backward(mse(engine.module, my_share(xs[j]), my_share(ys[j])))
         reference.step()
         optimizer.step()
-    return relative_error(engine.module.parameters(), alone.parameters())
+    return relative_error(values(engine), alone.parameters())
 
 
 @pytest.mark.parametrize("row", ROW_NAMES)
@@ -204,7 +208,7 @@ def without_zero_grad(row):
         reference.step()
         engine.backward(mse(engine.module, my_share(x), my_share(y)))
         optimizer.step()
-    return relative_error(engine.module.parameters(), alone.parameters())
+    return relative_error(values(engine), alone.parameters())
 
 
 @pytest.mark.parametrize("row", ROW_NAMES)
@@ -224,7 +228,7 @@ def no_sync_twice_then_sync(row):
             engine.backward(mse(engine.module, my_share(xs[i]), my_share(ys[i])))
     reference.step()
     optimizer.step()
-    return relative_error(engine.module.parameters(), alone.parameters())
+    return relative_error(values(engine), alone.parameters())
 
 
 @pytest.mark.parametrize("row", ROW_NAMES)
@@ -253,7 +257,8 @@ def branches(row, chosen, cap):
     alone, (xs, ys) = build(Branches), data(len(chosen), ranks)
     reference = adamw(alone.parameters())
     engine, optimizer = started(row, Branches, bucket_cap_mb=cap)
-    never = [p.detach().clone() for p in engine.module.never.parameters()]
+    names = [name.split(".")[0] for name, _ in engine.module.named_parameters()]
+    before = values(engine)
     for x, y, step in zip(xs, ys, chosen, strict=True):
         reference.zero_grad()
         losses = [((alone(x[r::ranks], step[r]) - y[r::ranks]) ** 2).mean() for r in range(ranks)]
@@ -265,12 +270,14 @@ def branches(row, chosen, cap):
             used = name.split(".")[0] in ("first", *step)
             assert (parameter.grad is not None) == used, name
         optimizer.step()
-    assert all(torch.equal(a, b) for a, b in zip(never, engine.module.never.parameters(), strict=True))
+    kept = [torch.equal(a, b) for a, b, name in zip(before, values(engine), names, strict=True) if name == "never"]
+    assert kept
+    assert all(kept)
     state = optimizer.state_dict()["state"] if row == "ddp" or rank == 0 else optimizer.state_dict()
     if rank == 0:
         expected = reference.state_dict()["state"]
         assert {k: v["step"] for k, v in state.items()} == {k: v["step"] for k, v in expected.items()}
-    return relative_error(engine.module.parameters(), alone.parameters())
+    return relative_error(values(engine), alone.parameters())
 
 
 @pytest.mark.parametrize("row", ROW_NAMES)
@@ -289,7 +296,7 @@ def backward_without_any_gradient(row):
         loss = torch.zeros((), requires_grad=True) * 1.0
     engine.backward(loss)
     optimizer.step()
-    return [p.detach() for p in engine.module.parameters()]
+    return values(engine)
 
 
 @pytest.mark.parametrize("row", ROW_NAMES)
@@ -316,7 +323,7 @@ def progressive_freezing(row):
         engine.backward(mse(engine.module, my_share(xs[i]), my_share(ys[i])))
         reference.step()
         optimizer.step()
-    return relative_error(engine.module.parameters(), alone.parameters())
+    return relative_error(values(engine), alone.parameters())
 
 
 @pytest.mark.parametrize("row", ROW_NAMES)
@@ -347,7 +354,7 @@ def thawing(row, make_optimizer):
         engine.backward(mse(engine.module, my_share(xs[i]), my_share(ys[i])))
         reference.step()
         optimizer.step()
-    return relative_error(module.parameters(), alone.parameters()), frozen, engine.report().at_rest["frozen_parameters"]
+    return relative_error(values(engine), alone.parameters()), frozen, engine.report().at_rest["frozen_parameters"]
 
 
 @pytest.mark.parametrize("row", ROW_NAMES)
@@ -355,7 +362,8 @@ def thawing(row, make_optimizer):
 def test_parameters_that_are_thawed_into_a_new_group(ranks2, row, make_optimizer):
     for error, before, after in ranks2.run(thawing, row, make_optimizer):
         assert error < EXACT
-        assert before == 3 * (13 * 13 + 13) * 8
+        fraction = ROWS[row].parameters.fraction(2)
+        assert 0 <= before - 3 * (13 * 13 + 13) * 8 * fraction < 3 * ALIGNMENT * 8
         assert after == 0
 
 
@@ -388,7 +396,7 @@ def two_optimizers(row):
         optimizers[which].step()
         for model in (alone, module):
             model.requires_grad_(True)
-    return relative_error(module.parameters(), alone.parameters())
+    return relative_error(values(engine), alone.parameters())
 
 
 @pytest.mark.parametrize("row", ROW_NAMES)
@@ -424,8 +432,7 @@ def batch_norm(row):
         mse(theirs, my_share(x), my_share(y)).backward()
         optimizer.step()
         reference.step()
-    engine.wait()
-    error = relative_error(ours.parameters(), theirs.module.parameters())
+    error = relative_error(values(engine), theirs.module.parameters())
     buffers = {name: b.tolist() for name, b in ours.norm.named_buffers()}
     expected = {name: b.tolist() for name, b in theirs.module.norm.named_buffers()}
     return error, buffers, expected, engine.report().bytes_sent["broadcast"]
@@ -451,8 +458,9 @@ def counted(row, accumulate):
     report = engine.report()
     size = sum(p.numel() * p.element_size() for p in engine.module.parameters())
     padding = sum(unit.layout.padding * 8 for unit in engine.units)
-    counts = sum(8 if v.dim() else v.numel() * v.element_size() for s in optimizer.state.values() for v in s.values())
-    return report, size, padding, len(engine.units), len(list(engine.module.parameters())), counts
+    blocks = sum(unit.block is not None for unit in engine.units)
+    apart = sum(unit.layout.total * 8 for unit in engine.units if unit.block is None)
+    return report, size, padding, len(engine.units), len(list(engine.module.parameters())), (blocks, apart)
 
 
 @pytest.mark.parametrize("world", [2, 3], indirect=True)
@@ -460,25 +468,30 @@ def counted(row, accumulate):
 @pytest.mark.parametrize("accumulate", [1, 4])
 def test_bytes_and_collectives_are_those_of_the_table(world, row, accumulate):
     ranks = len(world.run(dist.get_rank))
-    for report, size, padding, units, parameters, _ in world.run(counted, row, accumulate):
+    for report, size, padding, units, parameters, (blocks, apart) in world.run(counted, row, accumulate):
         theory = ROWS[row].wire_bytes(size, ranks, accumulate)
         with_padding = ROWS[row].wire_bytes(size + padding, ranks, accumulate)
+        if row == "fsdp":  # what is in no block stays from forward to backward and is gathered once, not twice
+            with_padding -= apart * accumulate * (ranks - 1) / ranks
         sent = dict(report.bytes_sent)
         agree = sent.pop("agree")
         assert sum(sent.values()) == with_padding
         assert agree < 0.01 * theory
         assert sum(sent.values()) - with_padding + theory <= 1.01 * theory
 
-        backwards = accumulate if row == "zero2" else 1
+        backwards = accumulate if ROWS[row].accumulating is Rest.SHARDED else 1
         assert report.collectives.pop("agree") == 2 * backwards
-        expected = {"ddp": {"all_reduce": units}}.get(row, {"reduce_scatter": units * backwards, "all_gather": units})
+        gathers = {"fsdp": (units + blocks) * backwards, "fsdp_partial": units * backwards}.get(row, units)
+        expected = {"reduce_scatter": units * backwards, "all_gather": gathers}
+        if row == "ddp":
+            expected = {"all_reduce": units}
         assert report.collectives == expected
 
         # One write for each gradient that arrives, and nothing else outside of collectives.
         assert report.copies == {"gradient_writes": parameters * accumulate}
 
         rest = ROWS[row].rest_bytes(size, ranks)
-        assert report.at_rest["parameters"] == size + report.padding["parameters"] == rest["parameters"] + padding
+        assert abs(report.at_rest["parameters"] - report.padding["parameters"] - rest["parameters"]) <= padding
         assert abs(report.at_rest["gradients"] - report.padding["gradients"] - rest["gradients"]) <= padding
         # A shard's share of the padding may be elsewhere: at most the padding off. A step count a segment is extra.
         assert abs(report.at_rest["optimizer_state"] - rest["optimizer_state"]) <= 2 * padding + 8 * 2 * units
@@ -528,7 +541,7 @@ def test_reductions_overlap_backward_and_gathers_overlap_forward(ranks2, row):
     for launched, before, pending, units in ranks2.run(overlap, row):
         assert units == 6
         assert launched == [units - 1]  # all but the unit of the first layer were on their way
-        if row == "ddp":
+        if row in ("ddp", "fsdp", "fsdp_partial"):
             assert before == 0
         else:
             # Every unit was on its way after the step, and each was waited for only when forward came to it.
@@ -587,11 +600,13 @@ def test_gradients_show_as_tensors_or_as_placeholders(ranks2):
 
 def assigned_by_hand(row):
     engine, optimizer = started(row, optimizer=lambda p: torch.optim.SGD(p, 1.0))
-    before = engine.module.last.weight.detach().clone()
+    with engine.full_parameters(engine.module.last):
+        before = engine.module.last.weight.detach().clone()
     engine.module.last.weight.grad = torch.full_like(before, 0.5)
     optimizer.step()
     others = [p.grad for p in engine.module.first.parameters()]
-    return float((before - engine.module.last.weight - 0.5).abs().max()), others
+    with engine.full_parameters(engine.module.last):
+        return float((before - engine.module.last.weight - 0.5).abs().max()), others
 
 
 @pytest.mark.parametrize("row", ROW_NAMES)
@@ -604,11 +619,11 @@ def test_gradients_may_be_assigned_by_hand(ranks2, row):
 def set_to_none_by_hand(row):
     engine, optimizer = started(row, optimizer=sgd)
     train(engine, optimizer, 1)
-    before = [p.detach().clone() for p in engine.module.parameters()]
+    before = values(engine)
     for parameter in engine.module.parameters():
         parameter.grad = None
     optimizer.step()
-    return all(torch.equal(a, b) for a, b in zip(before, engine.module.parameters(), strict=True))
+    return all(torch.equal(a, b) for a, b in zip(before, values(engine), strict=True))
 
 
 @pytest.mark.parametrize("row", ROW_NAMES)
@@ -673,7 +688,7 @@ def lazy(row):
     [
         (plain_backward, "RuntimeError", "arrived outside of the engine's backward.*manual_backward"),
         (sparse, "RuntimeError", "dense gradients.*sparse=False"),
-        (added_later, "RuntimeError", "structure it was set up with"),
+        (added_later, "RuntimeError", "'extra.weight' was added, or replaced"),
         (after_close, "RuntimeError", "this one was closed"),
         (unknown_optimizer, "ValueError", "another SGD.*add_optimizer"),
         (

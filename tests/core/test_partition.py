@@ -23,7 +23,7 @@ class Model(nn.Module):
 
 
 def names(units):
-    return {name: [named.name for named in members] for name, members in units}
+    return {unit.name: [named.name for named in unit.members] for unit in units}
 
 
 def test_blocks_are_the_members_of_the_largest_list_of_like_modules():
@@ -57,16 +57,16 @@ def test_small_units_are_joined_and_blocks_stay_whole():
     model = Model()
     block_bytes = sum(p.numel() * 4 for p in model.blocks[0].parameters())
     units = partition(trainable_parameters(model), find_blocks(model, None), cap_bytes=block_bytes)
-    assert [len(members) for _, members in units] == [11, 4, 4, 4, 2]
-    assert units[1][0] == "blocks.0"
+    assert [len(unit.members) for unit in units] == [11, 4, 4, 4, 2]
+    assert units[1].name == "blocks.0"
     assert all(name.startswith("blocks.1.") for name in names(units)["blocks.1"])
 
 
 def test_everything_fits_into_one_unit_under_a_large_cap():
     model = Model()
     (unit,) = partition(trainable_parameters(model), find_blocks(model, None), cap_bytes=MB)
-    assert len(unit[1]) == len(list(model.parameters()))
-    assert unit[0] == "embed.weight … norm.bias"
+    assert len(unit.members) == len(list(model.parameters()))
+    assert unit.name == "embed.weight … norm.bias"
 
 
 def test_frozen_parameters_are_in_no_unit_and_tied_ones_in_one():
@@ -87,3 +87,9 @@ def test_a_parameter_that_two_blocks_share_belongs_to_neither():
     units = names(partition(trainable_parameters(model), find_blocks(model, None), cap_bytes=1))
     assert units["blocks.0.extra"] == ["blocks.0.extra"]
     assert "blocks.0.extra" not in units["blocks.0"]
+
+
+def test_blocks_that_are_gathered_apart_are_not_joined():
+    model = Model()
+    groups = partition(trainable_parameters(model), find_blocks(model, None), cap_bytes=MB, join_blocks=False)
+    assert [group.block for group in groups] == [None, "blocks.0", "blocks.1", "blocks.2", None]

@@ -6,18 +6,29 @@ from lightning_accel.core.placement import ROWS, Rest, find_row
 
 
 def test_rows_are_what_the_table_says():
-    table = {name: (r.parameters, r.accumulating, r.gradients, r.optimizer_state) for name, r in ROWS.items()}
+    table = {
+        name: (r.parameters, r.computing, r.accumulating, r.gradients, r.optimizer_state) for name, r in ROWS.items()
+    }
     rep, sha = Rest.REPLICATED, Rest.SHARDED
-    assert table == {"ddp": (rep, rep, rep, rep), "zero1": (rep, rep, sha, sha), "zero2": (rep, sha, sha, sha)}
+    assert table == {
+        "ddp": (rep, rep, rep, rep, rep),
+        "zero1": (rep, rep, rep, sha, sha),
+        "zero2": (rep, rep, sha, sha, sha),
+        "zero3": (sha, sha, sha, sha, sha),
+        "fsdp": (sha, sha, sha, sha, sha),
+        "fsdp_partial": (sha, rep, sha, sha, sha),
+    }
 
 
 def test_wire_bytes_are_those_of_theory():
-    # 2 psi (N-1)/N for one micro-batch under every row; zero2 reduces in every backward.
-    for row in ROWS.values():
-        assert row.wire_bytes(1000, ranks=4) == 2 * 1000 * 3 / 4
+    # 2 psi (N-1)/N for one micro-batch under every row but full shard; zero2 reduces in every backward.
+    for name, row in ROWS.items():
+        assert row.wire_bytes(1000, ranks=4) == (3 if name in ("fsdp", "zero3") else 2) * 1000 * 3 / 4
     assert ROWS["ddp"].wire_bytes(1000, 4, backwards=3) == 1500
     assert ROWS["zero1"].wire_bytes(1000, 4, backwards=3) == 1500
     assert ROWS["zero2"].wire_bytes(1000, 4, backwards=3) == 4 * 1000 * 3 / 4
+    assert ROWS["fsdp"].wire_bytes(1000, 4, backwards=3) == 9 * 1000 * 3 / 4
+    assert ROWS["fsdp_partial"].wire_bytes(1000, 4, backwards=3) == 6 * 1000 * 3 / 4
 
 
 @pytest.mark.parametrize(
@@ -26,6 +37,7 @@ def test_wire_bytes_are_those_of_theory():
         ("ddp", {"parameters": 400, "gradients": 400, "optimizer_state": 800}),
         ("zero1", {"parameters": 400, "gradients": 400, "optimizer_state": 200}),
         ("zero2", {"parameters": 400, "gradients": 100, "optimizer_state": 200}),
+        ("fsdp", {"parameters": 100, "gradients": 100, "optimizer_state": 200}),
     ],
 )
 def test_rest_bytes_are_those_of_theory(name, expected):
@@ -33,7 +45,9 @@ def test_rest_bytes_are_those_of_theory(name, expected):
 
 
 def test_an_unknown_row_names_the_known_ones():
-    with pytest.raises(ValueError, match="one of the placement rows ddp, zero1, zero2, got 'zero9'"):
+    with pytest.raises(
+        ValueError, match="one of the placement rows ddp, zero1, zero2, zero3, fsdp, fsdp_partial, got 'zero9'"
+    ):
         find_row("zero9")
 
 

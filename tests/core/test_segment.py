@@ -2,6 +2,7 @@ import torch
 from torch import nn
 
 from lightning_accel.core.layout import even_layout
+from lightning_accel.core.parameter_memory import Gauge
 from lightning_accel.core.placement import ROWS
 from lightning_accel.core.pool import BufferPool
 from lightning_accel.core.segment import Segment
@@ -17,7 +18,7 @@ class Alone:
 def make_unit(*shapes):
     parameters = [nn.Parameter(torch.randn(shape)) for shape in shapes]
     names = [f"p{i}" for i in range(len(shapes))]
-    return Unit("u", parameters, names, even_layout(shapes, 1), ROWS["ddp"], Alone(), BufferPool())
+    return Unit("u", parameters, names, even_layout(shapes, 1), ROWS["ddp"], Alone(), BufferPool(), Gauge())
 
 
 def segments_of(unit, groups):

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
+from contextlib import ExitStack
 from typing import Any
 
 import lightning.pytorch as pl
@@ -16,10 +17,13 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset, DistributedSampler
 
 from lightning_accel.core import Engine
-from lightning_accel.core.collectives import Pending
+from lightning_accel.core.collectives import Pending, Published
+from lightning_accel.core.engine import _engine_of
 from lightning_accel.core.layout import Layout
 
-ROWS = ["ddp", "zero1", "zero2"]
+REPLICATED = ["ddp", "zero1", "zero2"]
+"""Rows that have all parameters on every rank at all times: what reads or changes them between steps works there."""
+ROWS = [*REPLICATED, "fsdp", "fsdp_partial"]
 FEATURES, OUTPUTS = 5, 3
 
 # float64 carries 53 bits: 1.1e-16 an operation. Some tens of steps, whose sums are taken in another order than in a
@@ -158,6 +162,14 @@ def arrive_late(engine: Engine) -> None:
         return Pending([], lambda: all_gather(buffer, layout).wait())
 
     engine.collectives.all_gather = gather_when_waited_for  # type: ignore[method-assign]
+    fetch = engine.collectives.fetch
+
+    def fetch_when_waited_for(source: Published, layout: Layout, buffer: Tensor) -> Pending:
+        with torch.no_grad():
+            buffer.fill_(math.nan)
+        return Pending([], lambda: fetch(source, layout, buffer).wait())
+
+    engine.collectives.fetch = fetch_when_waited_for  # type: ignore[method-assign]
 
 
 class ArriveLate(pl.Callback):
@@ -170,8 +182,12 @@ class ArriveLate(pl.Callback):
 
 
 def values(module: nn.Module) -> dict[str, Tensor]:
-    """Copies of all parameters."""
-    return {name: parameter.detach().clone() for name, parameter in module.named_parameters()}
+    """Copies of all parameters; of whole ones, where they rest sharded and all ranks call this."""
+    engines = {engine for engine in map(_engine_of, module.parameters()) if engine is not None}
+    with ExitStack() as stack:
+        for engine in engines:
+            stack.enter_context(engine.full_parameters())
+        return {name: parameter.detach().clone() for name, parameter in module.named_parameters()}
 
 
 def assert_close(actual: Mapping[str, Tensor], expected: Mapping[str, Tensor], tolerance: float = FLOAT64) -> None:

@@ -13,7 +13,7 @@ from models import ROWS, Block, Net, Regression, alone, assert_close, loader, tr
 from torch import Tensor, nn
 
 from harness import Ranks
-from lightning_accel.strategies import AccelDDPStrategy, AccelZeROStrategy, fabric
+from lightning_accel.strategies import AccelDDPStrategy, AccelFSDPStrategy, AccelZeROStrategy, fabric
 
 CLASSES = [AccelDDPStrategy, AccelZeROStrategy, fabric.AccelDDPStrategy, fabric.AccelZeROStrategy]
 IDS = ["trainer ddp", "trainer zero", "fabric ddp", "fabric zero"]
@@ -74,8 +74,15 @@ def test_start_method(strategy: Any) -> None:
 @pytest.mark.parametrize("stage", [0, 5, "two"])
 @pytest.mark.parametrize("strategy", [AccelZeROStrategy, fabric.AccelZeROStrategy], ids=["trainer", "fabric"])
 def test_stage(strategy: Any, stage: Any) -> None:
-    with pytest.raises(ValueError, match=rf"Expected stage to be one of 1, 2, got {stage!r}"):
+    with pytest.raises(ValueError, match=rf"Expected stage to be one of 1, 2, 3, got {stage!r}"):
         strategy(stage=stage)
+
+
+@pytest.mark.parametrize("strategy", [AccelFSDPStrategy, fabric.AccelFSDPStrategy], ids=["trainer", "fabric"])
+def test_sharding(strategy: Any) -> None:
+    assert strategy(sharding="partial").row.name == "fsdp_partial"
+    with pytest.raises(ValueError, match="Expected sharding to be one of 'full', 'partial', got 'half'"):
+        strategy(sharding="half")
 
 
 @pytest.mark.parametrize("size", [0, -1.0, float("nan")])

@@ -14,19 +14,34 @@ from lightning.fabric import Fabric
 from lightning.fabric.plugins import TorchCheckpointIO
 from lightning.pytorch.callbacks import EMAWeightAveraging, ModelCheckpoint, StochasticWeightAveraging
 from lightning.pytorch.plugins.io import AsyncCheckpointIO
-from models import FLOAT64, ROWS, ArriveLate, Net, Regression, Samples, alone, assert_close, loader, trainer, values
+from models import (
+    FLOAT64,
+    REPLICATED,
+    ROWS,
+    ArriveLate,
+    Net,
+    Regression,
+    Samples,
+    alone,
+    assert_close,
+    loader,
+    trainer,
+    values,
+)
 from processes import run_script
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, DistributedSampler
 
-from harness import Ranks
+from harness import Ranks, RanksError
 from lightning_accel.core.placeholder import ShardedGradient
-from lightning_accel.strategies import AccelDDPStrategy, AccelZeROStrategy
+from lightning_accel.strategies import AccelDDPStrategy, AccelFSDPStrategy, AccelZeROStrategy
 
 STRATEGIES: dict[str, Any] = {
     "ddp": lambda **options: AccelDDPStrategy(**options),
     "zero1": lambda **options: AccelZeROStrategy(stage=1, **options),
     "zero2": lambda **options: AccelZeROStrategy(stage=2, **options),
+    "fsdp": lambda **options: AccelFSDPStrategy(**options),
+    "fsdp_partial": lambda **options: AccelFSDPStrategy(sharding="partial", **options),
 }
 
 EXACT = {"32-true": 1e-5, "64-true": FLOAT64}
@@ -281,7 +296,7 @@ def restore(row: str, path: Path, weights_only: bool | None) -> tuple[Tensor, Te
 
 
 @pytest.mark.parametrize("weights_only", [None, False, True])
-@pytest.mark.parametrize("row", ROWS)
+@pytest.mark.parametrize("row", REPLICATED)
 def test_checkpoint_is_restored_before_setup(
     ranks2: Ranks, row: str, weights_only: bool | None, tmp_path: Path
 ) -> None:
@@ -329,7 +344,7 @@ def test_training_step_passes_by_the_engine(ranks2: Ranks) -> None:
     for error in ranks2.run_expecting_error(fit_growing, "zero2"):
         assert error is not None
         assert error[0] == "RuntimeError"
-        assert "added to or removed from net" in error[1]
+        assert "'net.more.weight' was added" in error[1]
 
 
 # ---------------------------------------------------------------------- block_backward_sync
@@ -364,10 +379,11 @@ def test_block_backward_sync_sends_nothing_between_boundaries(ranks2: Ranks, row
     for traffic in ranks2.run(traffic_of_accumulation, row):
         assert traffic.units > 2
         kind = "all_reduce" if row == "ddp" else "reduce_scatter"
-        # zero2's gradients rest sharded between the batches, too: it reduces after each of them.
-        reductions = [1, 2, 3, 4] if row == "zero2" else [0, 0, 0, 1]
+        # From zero2 on gradients rest sharded between the batches, too: they are reduced after each of them.
+        sharded = row not in ("ddp", "zero1")
+        reductions = [1, 2, 3, 4] if sharded else [0, 0, 0, 1]
         assert [counts.get(kind, 0) for counts in traffic.operations] == [n * traffic.units for n in reductions] * 2
-        if row != "zero2":
+        if not sharded:
             assert traffic.sent[:3] == traffic.sent[4:7] == [0, 0, 0]
 
 
@@ -387,11 +403,18 @@ def fit_averaging(strategy: str, kind: str) -> dict[str, Tensor]:
 
 
 @pytest.mark.parametrize("kind", ["stochastic", "moving"])
-@pytest.mark.parametrize("row", ROWS)
+@pytest.mark.parametrize("row", REPLICATED)
 def test_weight_averaging_callbacks(ranks2: Ranks, row: str, kind: str) -> None:
     expected = fit_averaging("auto", kind)
     for result in ranks2.run(fit_averaging, row, kind):
         assert_close(result, expected)
+
+
+@pytest.mark.parametrize("kind", ["stochastic", "moving"])
+@pytest.mark.parametrize("row", ["fsdp", "fsdp_partial"])
+def test_weight_averaging_of_sharded_parameters_is_refused(ranks2: Ranks, row: str, kind: str) -> None:
+    with pytest.raises(RanksError, match=r"'net\.first\.weight'.*rest sharded"):
+        ranks2.run(fit_averaging, row, kind)
 
 
 # ---------------------------------------------------------------------- reduce of integer metrics

@@ -1,0 +1,207 @@
+"""Where the parameters of one unit lie, and when they are there.
+
+::
+
+                rests replicated                     rests sharded
+    buffer      |==== every parameter ====|          |= every parameter =| while HERE, no memory while AWAY
+    mine              |====|  a view of it                 |====|          memory of its own, always there
+
+Every parameter's data is a view of ``buffer`` at all times. Freeing and filling the buffer changes its storage in place
+(``resize_``), so that the views, and the tensors that autograd saved for backward, stay what they are.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from enum import Enum, auto
+
+import torch
+from torch import Tensor, nn
+
+from lightning_accel.core.absent import arrive, depart
+from lightning_accel.core.collectives import Collectives, Pending, Published
+from lightning_accel.core.layout import Layout
+from lightning_accel.core.memory import zeros
+from lightning_accel.core.placement import Rest, Row
+
+
+class Presence(Enum):
+    """Whether a unit's parameters have their values on this rank."""
+
+    AWAY = auto()
+    """Only this rank's part is here; the buffer has no memory."""
+    COMING = auto()
+    """Being gathered."""
+    HERE = auto()
+    """All of them."""
+
+
+class Gauge:
+    """Bytes of gathered parameters: now, and at most."""
+
+    def __init__(self) -> None:
+        self.now = 0
+        self.peak = 0
+
+    def change(self, size: int) -> None:
+        """Note that memory was taken (or, if negative, freed)."""
+        self.now += size
+        self.peak = max(self.peak, self.now)
+
+
+class ParameterMemory:
+    """The parameters of one unit in one flat buffer.
+
+    Args:
+        parameters: In the order of the layout's slots. Their data becomes views of the buffer.
+        names: Their names.
+        layout: Where each lies, and which part is whose.
+        row: Whether they rest sharded.
+        collectives: Gathers them.
+        gauge: Told about memory of parameters that rest sharded.
+
+    """
+
+    def __init__(
+        self,
+        parameters: Sequence[nn.Parameter],
+        names: Sequence[str],
+        layout: Layout,
+        row: Row,
+        collectives: Collectives,
+        gauge: Gauge,
+    ) -> None:
+        self.parameters = list(parameters)
+        self.names = list(names)
+        self.layout = layout
+        self.strides = [_dense_strides(parameter) for parameter in parameters]
+        # A single rank's part is the whole.
+        self.is_sharded = row.parameters is Rest.SHARDED and collectives.ranks > 1
+        self.presence = Presence.HERE
+        self._row = row
+        self._collectives = collectives
+        self._gauge = gauge
+        self._coming: Pending | None = None
+        first = self.parameters[0]
+        if self.is_sharded:
+            self.buffer = first.new_zeros(layout.total).detach()  # memory that can be freed and filled again
+        else:
+            self.buffer = zeros(layout.total, first.dtype, first.device)
+        self._bytes = self.buffer.untyped_storage().nbytes()
+        self.views = [self.view(self.buffer, position) for position in range(len(self.parameters))]
+        with torch.no_grad():
+            for view, parameter in zip(self.views, self.parameters, strict=True):
+                view.copy_(parameter)
+                parameter.data = view
+        start, stop = self.part
+        self.mine = self.buffer[start:stop].clone() if self.is_sharded else self.buffer[start:stop]
+        """This rank's part: what its optimizer updates."""
+        self.source: Published
+        """The same, as the other ranks know it; set once it is published."""
+        if self.is_sharded:
+            gauge.change(self._bytes)
+            self.free()
+
+    @property
+    def part(self) -> tuple[int, int]:
+        """The range of the buffer that this rank updates: all of it unless optimizer state rests sharded."""
+        if self._row.optimizer_state is Rest.SHARDED:
+            return self.layout.part(self._collectives.rank)
+        return 0, self.layout.total
+
+    @property
+    def resting(self) -> Tensor:
+        """What is kept between steps."""
+        return self.mine if self.is_sharded else self.buffer
+
+    def view(self, buffer: Tensor, position: int) -> Tensor:
+        """The slot of the parameter at ``position``, shaped and strided as the parameter is."""
+        slot = self.layout.slots[position]
+        return buffer.as_strided(
+            self.parameters[position].shape, self.strides[position], buffer.storage_offset() + slot.start
+        )
+
+    def own(self, start: int, stop: int) -> Tensor:
+        """The values of a range of the buffer that lies in this rank's part, as a 1-D view."""
+        first, _ = self.part
+        return self.mine[start - first : stop - first]
+
+    # ------------------------------------------------------- sharded parameters
+
+    def fetch(self) -> None:
+        """Start to gather the parameters, if they are away."""
+        if self.presence is not Presence.AWAY:
+            return
+        self.buffer.untyped_storage().resize_(self._bytes)
+        self._gauge.change(self._bytes)
+        self._coming = self._collectives.fetch(self.source, self.layout, self.buffer)
+        self.presence = Presence.COMING
+
+    def wait(self) -> None:
+        """Wait for parameters that were fetched."""
+        if self.presence is not Presence.COMING:
+            return
+        assert self._coming is not None
+        self._coming.wait()
+        self._coming = None
+        for parameter in self.parameters:
+            arrive(parameter)
+        self.presence = Presence.HERE
+
+    def free(self) -> None:
+        """Free the memory of parameters that rest sharded, if it is there; this rank's part stays."""
+        self.wait()
+        if not self.is_sharded or self.presence is Presence.AWAY:
+            return
+        for parameter, name in zip(self.parameters, self.names, strict=True):
+            depart(parameter, name)
+        self.buffer.untyped_storage().resize_(0)
+        self._gauge.change(-self._bytes)
+        self.presence = Presence.AWAY
+
+    def store(self) -> None:
+        """Keep this rank's part of values that were changed in the gathered parameters."""
+        assert self.presence is Presence.HERE
+        if self.is_sharded:
+            self.mine.copy_(self.buffer[slice(*self.part)])
+
+    def release(self, *, abandon: bool) -> None:
+        """Give the parameters memory of their own again. All ranks take part where they rest sharded.
+
+        Args:
+            abandon: Do not ask other ranks: parameters that rest sharded become NaN.
+
+        """
+        if self.is_sharded and abandon:
+            if self.presence is not Presence.HERE:
+                self._coming = None
+                for parameter in self.parameters:
+                    arrive(parameter)
+            for parameter in self.parameters:
+                parameter.data = (
+                    torch.full((), torch.nan, device=parameter.device).to(parameter.dtype).expand(parameter.shape)
+                )
+            return
+        self.fetch()
+        self.wait()
+        with torch.no_grad():
+            for parameter, strides in zip(self.parameters, self.strides, strict=True):
+                parameter.data = torch.empty_strided(
+                    parameter.shape, strides, dtype=parameter.dtype, device=parameter.device
+                ).copy_(parameter)
+        if self.is_sharded:
+            self._gauge.change(-self._bytes)
+
+
+def _dense_strides(parameter: Tensor) -> tuple[int, ...]:
+    """Strides to lay a parameter out with.
+
+    Its own if its elements fill one block of memory (channels-last, transposed), else those of a contiguous tensor.
+    """
+    expected = 1
+    for size, stride in sorted(zip(parameter.shape, parameter.stride(), strict=True), key=lambda pair: pair[::-1]):
+        if size > 1:
+            if stride != expected:
+                return torch.empty(parameter.shape, device="meta").stride()
+            expected *= size
+    return parameter.stride()

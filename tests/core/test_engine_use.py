@@ -1,0 +1,404 @@
+"""What users do around the engine: unusual orders of calls, and things that change between steps."""
+
+import copy
+import gc
+import threading
+import weakref
+
+import pytest
+import torch
+import torch.distributed as dist
+from torch import nn
+
+from core.toys import ROW_NAMES, Net, adamw, build, data, mse, my_share, relative_error, sgd, train, values
+from lightning_accel.core import Engine
+from lightning_accel.core.collectives import TorchCollectives
+from lightning_accel.core.neighbours import Neighbours
+
+EXACT = 1e-12  # as in test_engine.py
+
+
+def started(row, make=Net, optimizer=adamw, **options):
+    module = build(make)
+    engine = Engine(module, row, **options)
+    made = optimizer(module.parameters())
+    engine.add_optimizer(made)
+    return engine, made
+
+
+class Heads(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.left, self.right = nn.Linear(7, 3), nn.Linear(7, 3)
+
+    def forward(self, x, side):
+        return getattr(self, side)(x)
+
+
+def losses_one_after_the_other(row):
+    engine, optimizer = started(row, Heads, sgd)
+    alone = build(Heads)
+    reference = sgd(alone.parameters())
+    x, y = (tensor[0] for tensor in data(1, dist.get_world_size()))
+    for _ in range(3):
+        for side in ("left", "right", "left"):
+            ((alone(x, side) - y) ** 2).mean().backward()
+            engine.backward(((engine.module(my_share(x), side) - my_share(y)) ** 2).mean())
+        for made in (reference, optimizer):
+            made.step()
+            made.zero_grad()
+    return relative_error(values(engine), alone.parameters())
+
+
+@pytest.mark.parametrize("row", ROW_NAMES)
+def test_several_backwards_each_through_a_part_of_the_model(ranks2, row):
+    assert max(ranks2.run(losses_one_after_the_other, row)) < EXACT
+
+
+def backward_twice_in_one_context(row):
+    engine, optimizer = started(row, Net, sgd, bucket_cap_mb=0.0005)
+    alone = build(Net)
+    reference = sgd(alone.parameters())
+    xs, ys = data(4, dist.get_world_size())
+    for x, y in zip(xs, ys, strict=True):
+        reference.zero_grad()
+        optimizer.zero_grad()
+        (2 * mse(alone, x, y)).backward()
+        with engine.forward_context():
+            losses = [mse(engine.module, my_share(x), my_share(y)) for _ in range(2)]
+        with engine.backward_context():
+            for loss in losses:
+                loss.backward()
+        reference.step()
+        optimizer.step()
+    assert len(set(engine.units)) == len(engine.units)
+    return relative_error(values(engine), alone.parameters())
+
+
+@pytest.mark.parametrize("row", ["ddp", "zero2", "fsdp"])
+def test_two_backwards_in_one_context(ranks2, row):
+    assert max(ranks2.run(backward_twice_in_one_context, row)) < EXACT
+
+
+def on_generic_collectives(row):
+    engine, optimizer = started(row, bucket_cap_mb=0.001)
+    before = engine.collectives
+    engine.collectives = engine._roster._collectives = TorchCollectives(before.device, before.group, before.group)
+    engine._residency._collectives = engine.collectives
+    train(engine, optimizer, 3)
+    alone = build(Net)
+    reference = adamw(alone.parameters())
+    xs, ys = data(3, dist.get_world_size())
+    for x, y in zip(xs, ys, strict=True):
+        reference.zero_grad()
+        mse(alone, x, y).backward()
+        reference.step()
+    return relative_error(values(engine), alone.parameters())
+
+
+@pytest.mark.parametrize("row", ROW_NAMES)
+def test_the_generic_collectives_do_with_units_of_different_sizes(ranks2, row):
+    assert max(ranks2.run(on_generic_collectives, row)) < EXACT
+
+
+class Sum(torch.autograd.Function):
+    """A collective of the model's own, as synchronised BatchNorm has."""
+
+    @staticmethod
+    def forward(ctx, x):
+        return x.clone()
+
+    @staticmethod
+    def backward(ctx, gradient):
+        gradient = gradient.clone()
+        dist.all_reduce(gradient)
+        return gradient
+
+
+class Skipping(Net):
+    def forward(self, x, skip):
+        x = Sum.apply(torch.tanh(self.first(x)))
+        for block in self.blocks[: -1 if skip else None]:
+            x = block(x)
+        return self.last(x)
+
+
+def collectives_of_the_model(row):
+    engine, optimizer = started(row, lambda: Skipping(13, 6), bucket_cap_mb=0.0001)
+    xs, _ = data(3, dist.get_world_size())
+    for step, x in enumerate(xs):  # in the end one rank leaves the block out whose gradients come first
+        engine.backward(engine.module(my_share(x), skip=step == 2 and dist.get_rank() == 1).sum())
+        optimizer.step()
+    return values(engine)
+
+
+@pytest.mark.parametrize("row", ROW_NAMES)
+def test_a_model_with_collectives_of_its_own_that_is_used_unevenly(ranks2, row):
+    ours, theirs = ranks2.run(collectives_of_the_model, row)
+    assert relative_error(ours, theirs) == 0
+
+
+def thawed_without_notice(row):
+    module = build(Net)
+    module.last.requires_grad_(False)
+    engine = Engine(module, row)
+    optimizer = sgd(module.parameters())
+    engine.add_optimizer(optimizer)
+    x, y = (tensor[0] for tensor in data(1, dist.get_world_size()))
+    start = build(Net).last.weight
+    for step in range(2):
+        optimizer.zero_grad()
+        if step == 1:
+            module.last.requires_grad_(True)
+        engine.backward(mse(module, my_share(x), my_share(y)))
+        optimizer.step()
+    with engine.full_parameters():
+        return module.last.weight.detach().clone(), not torch.equal(module.last.weight.detach(), start.detach())
+
+
+@pytest.mark.parametrize("row", ROW_NAMES)
+def test_thawing_is_noticed_in_a_plain_loop(ranks2, row):
+    (ours, moved), (theirs, _) = ranks2.run(thawed_without_notice, row)
+    assert moved
+    assert torch.equal(ours, theirs)
+
+
+def zeroed_between_accumulations(row):
+    engine, optimizer = started(row, Net, sgd)
+    x, y = (tensor[0] for tensor in data(1, dist.get_world_size()))
+    engine.backward(mse(engine.module, my_share(x), my_share(y)))
+    with engine.no_sync():
+        engine.backward(mse(engine.module, my_share(x), my_share(y)))
+    optimizer.zero_grad(set_to_none=False)
+    engine.backward(0 * mse(engine.module, my_share(x), my_share(y)))
+    return float(engine.grad_norm(optimizer))
+
+
+@pytest.mark.parametrize("row", ROW_NAMES)
+def test_zeroing_after_reduced_and_local_gradients(ranks2, row):
+    assert ranks2.run(zeroed_between_accumulations, row) == [0.0, 0.0]
+
+
+def old_graph(row):
+    engine, optimizer = started(row)
+    x, y = (tensor[0] for tensor in data(1, dist.get_world_size()))
+    with engine.forward_context():
+        first, second = mse(engine.module, x, y), mse(engine.module, x, y)
+    engine.backward(first)
+    optimizer.step()
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        engine.backward(second)
+    return True
+
+
+@pytest.mark.parametrize("row", ["ddp", "zero1", "zero2"])
+def test_a_graph_from_before_the_step_is_refused(ranks2, row):
+    assert all(ranks2.run(old_graph, row))
+
+
+def evaluated_first(row):
+    engine, optimizer = started(row)
+    x, y = (tensor[0] for tensor in data(1, dist.get_world_size()))
+    with torch.inference_mode(), engine.forward_context():
+        engine.module(x)
+    train(engine, optimizer, 2)
+    return True
+
+
+@pytest.mark.parametrize("row", ROW_NAMES)
+def test_the_first_forward_may_be_in_inference_mode(ranks2, row):
+    assert all(ranks2.run(evaluated_first, row))
+
+
+def read_right_after_the_step(row):
+    engine, optimizer = started(row)
+    seen = []
+    optimizer.register_step_post_hook(
+        lambda o, *_: seen.append([p.detach().clone() for group in o.param_groups for p in group["params"]])
+    )
+    held = list(engine.module.parameters())
+    train(engine, optimizer, 2)
+    found = [p.detach().clone() for p in held]
+    final = values(engine)
+    return relative_error(found, final), relative_error(seen[-1], final)
+
+
+@pytest.mark.parametrize("row", ["ddp", "zero1", "zero2"])
+def test_lists_of_parameters_and_hooks_of_the_step_see_the_final_values(ranks3, row):
+    assert ranks3.run(read_right_after_the_step, row) == [(0.0, 0.0)] * 3
+
+
+class Recurrent(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.lstm, self.last = nn.LSTM(7, 5, num_layers=2), nn.Linear(5, 3)
+
+    def forward(self, x):
+        return self.last(self.lstm(x)[0])
+
+
+def recurrent(row):
+    engine, optimizer = started(row, Recurrent, sgd)
+    alone = build(Recurrent)
+    reference = sgd(alone.parameters())
+    xs, ys = data(4, dist.get_world_size())
+    for x, y in zip(xs, ys, strict=True):
+        reference.zero_grad()
+        optimizer.zero_grad()
+        # One sample at a time: the recurrent layer takes the batch for a sequence.
+        (sum(mse(alone, a, b) for a, b in zip(x.split(1), y.split(1), strict=True)) / len(x)).backward()
+        mine = zip(my_share(x).split(1), my_share(y).split(1), strict=True)
+        engine.backward(sum(mse(engine.module, a, b) for a, b in mine) / len(my_share(x)))
+        reference.step()
+        optimizer.step()
+    return relative_error(values(engine), alone.parameters())
+
+
+@pytest.mark.parametrize("row", ROW_NAMES)
+def test_recurrent_layers(ranks2, row):
+    assert max(ranks2.run(recurrent, row)) < EXACT
+
+
+def norms(row):
+    engine, optimizer = started(row, lambda: nn.Linear(7, 3, bias=False))  # 21 numbers: the third rank has none
+    x, y = (tensor[0] for tensor in data(1, dist.get_world_size()))
+    engine.backward(mse(engine.module, my_share(x), my_share(y)))
+    unit = engine.units[0]
+    norm = engine.grad_norm(optimizer)
+    if dist.get_rank() == 1 or row == "ddp":
+        unit.rest.fill_(torch.nan)
+    return norm, bool(engine.grad_norm(optimizer, torch.inf).isnan())
+
+
+@pytest.mark.parametrize("row", ["ddp", "zero2"])
+def test_norms_are_the_same_on_every_rank_and_keep_nan(ranks3, row):
+    found = ranks3.run(norms, row)
+    assert {(norm.item(), norm.dtype) for norm, _ in found} == {(found[0][0].item(), torch.float64)}
+    assert all(is_nan for _, is_nan in found)
+
+
+def same_optimizer_twice(row):
+    module = build(Net)
+    optimizer = adamw(module.parameters())
+    for _ in range(2):
+        engine = Engine(module, row)
+        engine.add_optimizer(optimizer)
+        train(engine, optimizer, 2)
+        engine.close()
+    alone = build(Net)
+    reference = adamw(alone.parameters())
+    xs, ys = data(2, dist.get_world_size())
+    for _ in range(2):
+        for x, y in zip(xs, ys, strict=True):
+            reference.zero_grad()
+            mse(alone, x, y).backward()
+            reference.step()
+    return relative_error(module.parameters(), alone.parameters())
+
+
+@pytest.mark.parametrize("row", ROW_NAMES)
+def test_an_optimizer_goes_on_under_a_second_engine(ranks3, row):
+    assert max(ranks3.run(same_optimizer_twice, row)) < EXACT
+
+
+def second_engine(row):
+    module = build(Net)
+    first = Engine(module, row)
+    first.build()
+    engine = Engine(module, row)
+    optimizer = adamw(module.parameters())
+    engine.add_optimizer(optimizer)
+    train(engine, optimizer, 1)
+    return first.is_closed
+
+
+@pytest.mark.parametrize("row", ROW_NAMES)
+def test_a_second_engine_closes_the_first(ranks2, row):
+    assert all(ranks2.run(second_engine, row))
+
+
+def one_rank_has_the_state(row):
+    engine, optimizer = started(row)
+    train(engine, optimizer, 2)
+    state = copy.deepcopy(optimizer.state_dict())
+    optimizer.load_state_dict(state)
+    again = optimizer.state_dict()
+    return (
+        state.keys() == again.keys()
+        and all(
+            torch.equal(values["exp_avg"], again["state"][index]["exp_avg"]) for index, values in state["state"].items()
+        )
+        if state
+        else again == {}
+    )
+
+
+@pytest.mark.parametrize("row", ["zero1", "zero2", "fsdp"])
+def test_a_state_dict_loads_as_it_was_given(ranks2, row):
+    assert all(ranks2.run(one_rank_has_the_state, row))
+
+
+def forgotten(row):
+    before = threading.active_count()
+    engine, optimizer = started(row)
+    train(engine, optimizer, 1)
+    engine.close()
+    module, added = weakref.ref(engine.module), threading.active_count() - before
+    del engine, optimizer
+    gc.collect()
+    return added, module() is None
+
+
+@pytest.mark.parametrize("row", ROW_NAMES)
+def test_a_closed_engine_leaves_nothing_behind(ranks2, row):
+    assert ranks2.run(forgotten, row) == [(0, True)] * 2
+
+
+def interrupted(row):
+    engine, optimizer = started(row)
+    train(engine, optimizer, 1)
+    unit = next(iter(engine._gathers))
+    unit_wait = engine._gathers[unit]
+    pending = unit_wait.__closure__[unit_wait.__code__.co_freevars.index("pending")].cell_contents
+    real = pending.wait
+    pending.wait = lambda: (_ for _ in ()).throw(KeyboardInterrupt())
+    with pytest.raises(KeyboardInterrupt):
+        unit.parameters[0].sum()
+    pending.wait = real
+    held = unit.parameters[0].detach().clone()  # waits again
+    engine.wait()
+    return torch.equal(held, unit.parameters[0])
+
+
+def test_an_interrupted_wait_is_repeated(ranks2):
+    assert all(ranks2.run(interrupted, "zero2"))
+
+
+def out_of_step():
+    engine, optimizer = started("zero2", bucket_cap_mb=0.0005)
+    train(engine, optimizer, 1)
+    engine.wait()
+    meet, calls = Neighbours.meet, []
+
+    def failing(self, number):
+        calls.append(number)
+        if dist.get_rank() == 0 and len(calls) == 2:
+            raise OSError("injected")
+        return meet(self, number)
+
+    Neighbours.meet = failing
+    try:
+        train(engine, optimizer, 1)
+    except (OSError, RuntimeError) as error:
+        return str(error)
+    finally:
+        Neighbours.meet = meet
+        engine.close(abandon=True)
+    return None
+
+
+def test_after_an_error_in_an_operation_no_later_one_seems_to_succeed(ranks2):
+    ours, theirs = ranks2.run(out_of_step)
+    assert ours is not None
+    assert theirs is not None
+    ranks2.close()  # their messages are out of step
