@@ -176,6 +176,10 @@ class Collectives(ABC):
         """
         return Pending([])
 
+    def linger(self, seconds: float) -> None:
+        """Wait, at most so long, until nobody fetches what this rank published: the others wait here, too."""
+        return
+
     def close(self) -> None:
         """Free what belongs to this object only; the process group still works. Nothing may be under way."""
         return

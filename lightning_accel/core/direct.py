@@ -19,12 +19,14 @@ where any of them may not, all use gloo's messages.
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import os
 import queue
 import threading
 import weakref
 from collections.abc import Callable, Sequence
+from concurrent import futures
 from concurrent.futures import Future
 from functools import partial
 from typing import TypeAlias
@@ -161,6 +163,14 @@ class DirectCollectives(GlooCollectives):
         self._settled = self._worker.submit(meet)
         return Pending([self._settled])
 
+    @override
+    def linger(self, seconds: float) -> None:
+        def meet() -> None:
+            self._neighbours.meet(_DONE)
+
+        with contextlib.suppress(RuntimeError, futures.TimeoutError):  # a rank that is gone fetches nothing
+            self._worker.submit(meet).wait(seconds)
+
     def _start(self, kind: str, job: Callable[[], None]) -> Pending:
         with torch.profiler.record_function(f"accel::{kind}"):  # shows in traces where a rank starts it
             return self._worker.start(partial(self._or_hang_up, job))
@@ -241,8 +251,8 @@ class _Wait:
     def __init__(self, future: Future[None]) -> None:
         self._future = future
 
-    def wait(self) -> None:
-        self._future.result()
+    def wait(self, timeout: float | None = None) -> None:
+        self._future.result(timeout)
 
     def is_completed(self) -> bool:
         return self._future.done()

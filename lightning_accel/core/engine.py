@@ -33,6 +33,7 @@ from __future__ import annotations
 
 import atexit
 import contextlib
+import sys
 import weakref
 from collections.abc import Callable, Iterator, MutableMapping
 from contextlib import AbstractContextManager, contextmanager
@@ -62,6 +63,8 @@ from lightning_accel.core.unit import Unit
 _IN_FLIGHT = 2
 """Reductions under way at once in rows that borrow gradient buffers, to bound that memory: one more unit's launch waits
 for the oldest, which has had the backward of two units to complete."""
+_LINGER_S = 20.0
+"""How long a rank that exits waits for others that may still fetch its part of the parameters."""
 _PATIENCE_S = 1.0
 """How long, at most and once in a backward: a rank that takes longer may itself be waiting for this one."""
 
@@ -593,3 +596,5 @@ def _wait_if_alive(reference: weakref.ref[Engine]) -> None:
         # A peer that has failed already is no news at exit.
         with contextlib.suppress(RuntimeError, ValueError):
             engine.wait()
+            if engine._residency.is_active and not hasattr(sys, "last_value"):  # not after an exception of this rank's
+                engine.collectives.linger(_LINGER_S)
