@@ -132,6 +132,7 @@ class Residency:
     def _leave_root(self) -> None:
         self._depth -= 1
         if self.is_active and self._depth == 0 and not self.in_backward:
+            self._calls.clear()  # of calls that an exception ended
             if self._running:
                 self._orders[False] = self._running
             if not torch.is_grad_enabled():
@@ -179,6 +180,7 @@ class Residency:
             yield
         finally:
             self.in_backward = False
+            self._calls.clear()  # recomputation may stop early
             if self._running:
                 self._orders[True] = self._running
             self._running = []
@@ -239,7 +241,14 @@ class Residency:
                 for unit in units:
                     unit.memory.store()
                 self._collectives.fence()
-            self._free(unit for unit in units if unit not in before)
+            brought = [unit for unit in units if unit not in before]
+            if not (self._depth and torch.is_grad_enabled()):  # else the backward to come may need them
+                self._free(brought)
+                if torch.is_grad_enabled():
+                    # A graph that was made here is an error in backward, and not a crash on freed memory.
+                    for unit in brought:
+                        with torch._C.DisableTorchFunctionSubclass():
+                            torch.autograd.graph.increment_version(unit.parameters)
 
     def settle(self) -> None:
         """Wait for all that is being gathered."""

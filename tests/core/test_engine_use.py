@@ -9,6 +9,7 @@ import pytest
 import torch
 import torch.distributed as dist
 from torch import nn
+from torch.utils.checkpoint import checkpoint
 
 from core.toys import ROW_NAMES, Net, adamw, build, data, mse, my_share, relative_error, sgd, train, values
 from lightning_accel.core import Engine
@@ -336,6 +337,111 @@ def one_rank_has_the_state(row):
 @pytest.mark.parametrize("row", ["zero1", "zero2", "fsdp"])
 def test_a_state_dict_loads_as_it_was_given(ranks2, row):
     assert all(ranks2.run(one_rank_has_the_state, row))
+
+
+def recomputed(row):
+    engine, optimizer = started(row, Net, sgd)
+    alone = build(Net)
+    reference = sgd(alone.parameters())
+
+    def loss(module, x, y):
+        x = torch.tanh(module.first(x))
+        for block in module.blocks:
+            x = checkpoint(block, x, use_reentrant=False)
+        return ((module.last(x) - y) ** 2).mean()
+
+    xs, ys = data(3, dist.get_world_size())
+    for x, y in zip(xs, ys, strict=True):
+        reference.zero_grad()
+        optimizer.zero_grad()
+        loss(alone, x, y).backward()
+        with engine.forward_context():
+            value = loss(engine.module, my_share(x), my_share(y))
+        engine.backward(value)
+        reference.step()
+        optimizer.step()
+    gathers = engine.report().collectives.get("all_gather", 0)
+    return relative_error(values(engine), alone.parameters()), gathers, len(engine.units), len(engine.module.blocks)
+
+
+@pytest.mark.parametrize("row", ROW_NAMES)
+def test_recomputation_gathers_nothing_more(ranks2, row):
+    for error, gathers, units, blocks in ranks2.run(recomputed, row):
+        assert error < EXACT
+        assert gathers == {"ddp": 0, "fsdp": units + blocks}.get(row, units)
+
+
+def penalty(where):
+    """A term of the loss that is made from the parameters themselves."""
+    engine, optimizer = started("fsdp", Net, sgd)
+    alone = build(Net)
+    reference = sgd(alone.parameters())
+    x, y = (tensor[0] for tensor in data(1, dist.get_world_size()))
+    (mse(alone, x, y) + sum((p**2).sum() for p in alone.parameters())).backward()
+    reference.step()
+    if where == "forward":
+        with engine.forward_context():
+            loss = mse(engine.module, my_share(x), my_share(y))
+            with engine.full_parameters():
+                loss = loss + sum((p**2).sum() for p in engine.module.parameters())
+        engine.backward(loss)
+        optimizer.step()
+        return relative_error(values(engine), alone.parameters())
+    with engine.full_parameters():
+        loss = sum((p**2).sum() for p in engine.module.parameters())
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        engine.backward(loss)
+    return 0.0
+
+
+@pytest.mark.parametrize("where", ["forward", "outside"])
+def test_a_loss_of_whole_parameters(ranks2, where):
+    assert max(ranks2.run(penalty, where)) < EXACT
+
+
+def changed_and_kept(row):
+    engine, optimizer = started(row)
+    train(engine, optimizer, 1)
+    with engine.full_parameters(writeback=True), torch.no_grad():
+        for parameter in engine.module.parameters():
+            parameter.fill_(2.0)
+    return all(bool((value == 2).all()) for value in values(engine))
+
+
+@pytest.mark.parametrize("row", ROW_NAMES)
+def test_changes_to_whole_parameters_are_kept_if_asked_for(ranks3, row):
+    assert all(ranks3.run(changed_and_kept, row))
+
+
+def within_forward(row):
+    engine, _ = started(row)
+    engine.build()
+    engine.module.blocks[0].linear.register_forward_hook(lambda *_: engine.full_parameters().__enter__())
+    with pytest.raises(RuntimeError, match="between steps, got it within the model's forward"):
+        engine.module(data(1, 1)[0][0])
+    return True
+
+
+@pytest.mark.parametrize("row", ["fsdp", "fsdp_partial"])
+def test_whole_parameters_are_not_to_be_had_within_a_block(ranks2, row):
+    assert all(ranks2.run(within_forward, row))
+
+
+def unevenly_evaluated(row):
+    engine, optimizer = started(row)
+    train(engine, optimizer, 1)
+    with torch.no_grad():
+        for _ in range(5 * dist.get_rank()):  # one rank has more batches than the other
+            with engine.forward_context():
+                engine.module(data(1, 1)[0][0])
+    train(engine, optimizer, 1)
+    return values(engine)
+
+
+@pytest.mark.parametrize("row", ROW_NAMES)
+def test_ranks_may_evaluate_a_different_number_of_batches(ranks2, row):
+    ours, theirs = ranks2.run(unevenly_evaluated, row)
+    assert relative_error(ours, theirs) == 0
 
 
 def forgotten(row):
