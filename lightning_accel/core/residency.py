@@ -11,9 +11,9 @@ freed in between: each block is gathered once a step.
 [Note: one block's backward]
 It begins when the first gradient of an output arrives: a hook on the outputs gathers the block. It has ended when the
 gradients of all inputs that need one are there; whatever is not freed by then is freed at the end of backward. If a
-block gives no output whose gradient could be waited for, its parameters stay until then. A block may be called several
-times, even on its own output, where the backward of one call begins before that of the other is known to have ended:
-calls are counted.
+block's output hides its tensors (in an object that pytree does not know), its parameters stay until then. A block may
+be called several times, even on its own output, where the backward of one call begins before that of the other is known
+to have ended: calls are counted.
 
 [Note: recomputation]
 Activation checkpointing runs a block's forward again within backward. It finds the parameters there, as backward has
@@ -159,9 +159,12 @@ class Residency:
         while call.block is not block:  # one that was left by an exception, as early-stopping recomputation does
             call = self._calls.pop()
         if torch.is_grad_enabled():
-            outputs = _needing_gradients(output)
+            outputs = [leaf for leaf in tree_leaves(output) if isinstance(leaf, Tensor)]
             for tensor in outputs:
-                tensor.register_hook(partial(_output_arrived, weakref.ref(self), call))  # type: ignore[no-untyped-call]
+                if tensor.requires_grad:
+                    tensor.register_hook(  # type: ignore[no-untyped-call]
+                        partial(_output_arrived, weakref.ref(self), call)
+                    )
             if not outputs or self._row.computing is Rest.REPLICATED:
                 return  # see [Note: one block's backward]
         if not self.in_backward:  # see [Note: recomputation]
@@ -187,7 +190,9 @@ class Residency:
         self._free(unit for unit in self._all() if unit.block is not None or self._depth == 0)
 
     def _backward_begins(self, call: _Call) -> None:
-        if call.begun < self._backwards:
+        if not self.in_backward:
+            self._bring(call.block)  # torch.autograd.grad within a step; freed with the rest at the end of backward
+        elif call.begun < self._backwards:
             call.begun = self._backwards
             self._open[call.block] += 1
             self._running.append(call.block)

@@ -14,7 +14,9 @@ from torch.utils.checkpoint import checkpoint
 from core.toys import ROW_NAMES, Net, adamw, build, data, mse, my_share, relative_error, sgd, train, values
 from lightning_accel.core import Engine
 from lightning_accel.core.collectives import TorchCollectives
+from lightning_accel.core.layout import ALIGNMENT
 from lightning_accel.core.neighbours import Neighbours
+from lightning_accel.core.parameter_memory import Presence
 
 EXACT = 1e-12  # as in test_engine.py
 
@@ -369,6 +371,58 @@ def test_recomputation_gathers_nothing_more(ranks2, row):
     for error, gathers, units, blocks in ranks2.run(recomputed, row):
         assert error < EXACT
         assert gathers == {"ddp": 0, "fsdp": units + blocks}.get(row, units)
+
+
+def gradient_penalty(row):
+    """The gradient of the output to the input is part of the loss: backward within forward, and of it once more."""
+
+    def loss(module, x, y):
+        x = x.clone().requires_grad_()
+        out = module(x)
+        (slope,) = torch.autograd.grad(out.sum(), x, create_graph=True)
+        return ((out - y) ** 2).mean() + (slope**2).mean()
+
+    engine, optimizer = started(row, Net, sgd)
+    alone = build(Net)
+    reference = sgd(alone.parameters())
+    xs, ys = data(3, dist.get_world_size())
+    for x, y in zip(xs, ys, strict=True):
+        reference.zero_grad()
+        optimizer.zero_grad()
+        loss(alone, x, y).backward()
+        with engine.forward_context():
+            value = loss(engine.module, my_share(x), my_share(y))
+        engine.backward(value)
+        reference.step()
+        optimizer.step()
+    return relative_error(values(engine), alone.parameters())
+
+
+@pytest.mark.parametrize("row", ROW_NAMES)
+def test_gradients_within_the_loss(ranks2, row):
+    assert max(ranks2.run(gradient_penalty, row)) < EXACT
+
+
+def features(row):
+    """Frozen blocks whose outputs need no gradient: nothing of them is needed after their forward."""
+    module = build(Net)
+    module.requires_grad_(False)
+    module.last.requires_grad_(True)
+    engine = Engine(module, row)
+    optimizer = sgd(module.last.parameters())
+    engine.add_optimizer(optimizer)
+    x, y = (tensor[0] for tensor in data(1, dist.get_world_size()))
+    loss = mse(module, my_share(x), my_share(y))
+    here = [unit.name for unit in engine.units if unit.block is not None and unit.memory.presence is Presence.HERE]
+    engine.backward(loss)
+    optimizer.step()
+    return here, engine.report().at_rest["gradients"]
+
+
+def test_frozen_blocks_are_freed_after_forward_and_have_no_gradients(ranks2):
+    for here, gradients in ranks2.run(features, "fsdp"):
+        assert here == []
+        assert gradients == 2 * ALIGNMENT * 8  # half of the last layer's 42 numbers, padded
 
 
 def penalty(where):
