@@ -211,7 +211,8 @@ def _storages(tensors: Iterable[Tensor]) -> dict[int, int]:
     for tensor in tensors:
         local = tensor._local_tensor if isinstance(tensor, DTensor) else tensor
         if local.device.type != "meta":
-            storage = local.untyped_storage()
+            with torch._C.DisableTorchFunctionSubclass():  # parameters that rest sharded have none, and refuse
+                storage = local.untyped_storage()
             # A wrapper around tensors has no memory of its own, and no address; what it wraps is found by itself.
             with suppress(RuntimeError):
                 found[storage.data_ptr()] = storage.nbytes()
