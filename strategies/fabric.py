@@ -24,12 +24,13 @@ from torch.optim import Optimizer
 from typing_extensions import override
 
 from lightning_accel.core import Engine, Rest
+from lightning_accel.core.materialise import InitFn
 from lightning_accel.core.partition import Units
 from lightning_accel.core.placement import Row, find_row
 from lightning_accel.plugins.precision import engine_optimizer, require_no_scaler
 from lightning_accel.strategies.compact import compact, keep
 from lightning_accel.strategies.fsdp import SHARDINGS, row_of_sharding
-from lightning_accel.strategies.options import EngineOptions, reject_unknown
+from lightning_accel.strategies.options import EngineOptions, reject_unknown, to_device
 from lightning_accel.strategies.trainer import START_METHODS
 from lightning_accel.strategies.zero import STAGES, row_of_stage
 
@@ -93,6 +94,9 @@ class AccelFabricStrategy(DDPStrategy):
             the model's repeated block class.
         bucket_cap_mb: Neighbouring units are joined up to this size, in MiB.
         compile: Compile each unit's module: True, or keyword arguments for ``torch.compile``.
+        param_init_fn: Sets, in place, the values of models that are made on the meta device (``configure_model``,
+            ``init_module(empty_init=True)``). It is called with each module that has parameters or buffers of its own;
+            by default its ``reset_parameters`` is.
         process_group_backend: ``"gloo"``, ``"nccl"``, …; by default what suits the device.
         timeout: Longest wait for a collective.
         start_method: How the ranks of this node are started: ``"popen"``, ``"spawn"`` or ``"fork"``.
@@ -111,6 +115,7 @@ class AccelFabricStrategy(DDPStrategy):
         units: Units | None = None,
         bucket_cap_mb: float = 25.0,
         compile: bool | Mapping[str, Any] = False,
+        param_init_fn: InitFn | None = None,
         process_group_backend: str | None = None,
         timeout: timedelta | None = default_pg_timeout,
         start_method: Literal["popen", "spawn", "fork"] = "popen",
@@ -130,7 +135,9 @@ class AccelFabricStrategy(DDPStrategy):
             start_method=start_method,
         )
         self.row = row
-        self._options = EngineOptions(units=units, bucket_cap_mb=bucket_cap_mb, compile=compile)
+        self._options = EngineOptions(
+            units=units, bucket_cap_mb=bucket_cap_mb, compile=compile, param_init_fn=param_init_fn
+        )
         self._backward_sync_control = _EngineSyncControl()
         self._engines: list[weakref.ref[Engine]] = []
 
@@ -154,11 +161,25 @@ class AccelFabricStrategy(DDPStrategy):
     # ------------------------------------------------------------------ set-up
 
     @override
+    def module_init_context(self, empty_init: bool | None = None) -> AbstractContextManager[Any]:
+        """Within it, modules are made on the device; with ``empty_init`` on the meta device, which takes no memory."""
+        if not empty_init:
+            return super().module_init_context(empty_init)
+        stack = ExitStack()
+        stack.enter_context(torch.device("meta"))
+        stack.enter_context(self.precision.module_init_context())
+        return stack
+
+    @override
+    def module_to_device(self, module: nn.Module) -> None:
+        to_device(module, self.root_device)
+
+    @override
     def setup_module(self, module: nn.Module) -> EngineModule:  # type: ignore[override]
         """Start an engine for a module. All ranks take part."""
         if self.row.gradients is Rest.SHARDED:
             require_no_scaler(self.precision, self.row.name)
-        engine = self._options.start(module, self.row)
+        engine = self._options.start(module, self.row, self.root_device)
         self._engines.append(weakref.ref(engine))
         return EngineModule(module, engine)
 

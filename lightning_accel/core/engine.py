@@ -31,6 +31,7 @@ from lightning_accel.core.absent import arrive, depart
 from lightning_accel.core.agreement import BufferVersions, synchronise
 from lightning_accel.core.clipping import clip_grad_norm, clip_grad_value, grad_norm
 from lightning_accel.core.collectives import Collectives
+from lightning_accel.core.materialise import InitFn, Materialiser, has_meta
 from lightning_accel.core.memory import keep_freed_memory
 from lightning_accel.core.mesh import Mesh, ranks_of_node
 from lightning_accel.core.optimizer import EngineOptimizer
@@ -64,10 +65,13 @@ class Engine:
         group: The process group; the default one if not given.
         shard_size: For hybrid rows, how many neighbouring ranks divide a copy of the model state; by default those of
             one machine.
+        param_init_fn: Sets the values of a module on the meta device, in place. It is called with each part of it that
+            has parameters or buffers of its own; by default their ``reset_parameters`` is. See core/materialise.py.
+        device: Where a module on the meta device is to live; the CPU if not given.
 
     Raises:
-        ValueError: If the row or a unit does not exist, a parameter has no values yet, the ranks' models differ, or
-            ``shard_size`` does not divide the number of ranks.
+        ValueError: If the row or a unit does not exist, the ranks' models differ, ``shard_size`` does not divide the
+            number of ranks, or there is no way to set the values of what is on the meta device.
         RuntimeError: If torch.distributed is not initialised.
 
     Example::
@@ -91,6 +95,8 @@ class Engine:
         bucket_cap_mb: float = 25.0,
         group: dist.ProcessGroup | None = None,
         shard_size: int | None = None,
+        param_init_fn: InitFn | None = None,
+        device: torch.device | None = None,
     ) -> None:
         if not bucket_cap_mb > 0:
             raise ValueError(f"Expected bucket_cap_mb to be positive, got {bucket_cap_mb}.")
@@ -100,7 +106,7 @@ class Engine:
         self.module = module
         for former in {id(e): e for e in (_engine_of(p) for p in module.parameters()) if e is not None}.values():
             former.close()  # as when a cell of a notebook is run again
-        self.collectives: Collectives = synchronise(module, group)
+        self.collectives: Collectives = synchronise(module, group, device)
         """All ranks."""
         size = self.collectives.ranks
         if self.row.hybrid:
@@ -112,14 +118,17 @@ class Engine:
         self.blocks = find_blocks(module, units)
         """The modules that form units, by name."""
 
+        materialiser = Materialiser(module, self.collectives, param_init_fn) if has_meta(module) else None
         self.is_compiled = False
         """Whether the module is called by compiled code that is not part of it."""
         self.optimizers: list[EngineOptimizer] = []
         self._structure = Structure(module)
-        self._buffers = BufferVersions(module)
         self._pool = BufferPool()
         self._roster = Roster(self.row, self.blocks, int(bucket_cap_mb * 2**20), self.mesh, self._pool)
         self._residency = Residency(module, self.blocks, self.row, self.mesh.shard, self.before_forward)
+        if materialiser is not None:
+            self._roster.rebuild(self.names, [], materialiser.run)
+        self._buffers = BufferVersions(module)
         self._reduction = Reduction(self.row, self._roster, self.collectives, self._buffers)
         self._gathers: dict[Unit, Callable[[], None]] = {}
         self._hooks: dict[nn.Parameter, Any] = {}

@@ -118,12 +118,7 @@ class Unit:
         self._borrowed: Tensor | None = None
         self._grad_views: list[Tensor] = []
         self.rest: Tensor | None = None
-        sharded = row.gradients is Rest.SHARDED
-        self._placeholders: dict[int, ShardedGradient] = {
-            position: ShardedGradient(parameter, name, _zeroing(self, position))
-            for position, (parameter, name) in enumerate(zip(self.parameters, self.names, strict=True))
-            if sharded
-        }
+        self._placeholders: dict[int, ShardedGradient] = {}
 
     # ------------------------------------------------------------------ memory
 
@@ -234,13 +229,19 @@ class Unit:
         for position, parameter in enumerate(self.parameters):
             content = self.content[position]
             if position in self._kept:  # some of it is here, some elsewhere
-                parameter.grad = self._placeholders[position]
+                parameter.grad = self._placeholder(position)
             elif content is Content.LOCAL or (content is Content.REDUCED and not sharded):
                 parameter.grad = self._grad_views[position]
             elif content is Content.REDUCED:
-                parameter.grad = self._placeholders[position]
+                parameter.grad = self._placeholder(position)
             else:
                 parameter.grad = None
+
+    def _placeholder(self, position: int) -> ShardedGradient:
+        if position not in self._placeholders:
+            parameter, name = self.parameters[position], self.names[position]
+            self._placeholders[position] = ShardedGradient(parameter, name, _zeroing(self, position))
+        return self._placeholders[position]
 
     def zero_gradient(self, position: int) -> None:
         """Set the reduced gradient of one parameter to zero where it rests."""
