@@ -30,6 +30,7 @@ from lightning_accel.core.agreement import synchronise
 from lightning_accel.core.partition import Units
 from lightning_accel.core.placement import find_row
 from lightning_accel.plugins.precision import require_no_scaler, with_engine_clipping
+from lightning_accel.strategies.averaging import require_averaging_in_parts
 from lightning_accel.strategies.compact import compact, keep
 from lightning_accel.strategies.failure import end_children_at_exit, explain
 from lightning_accel.strategies.options import EngineOptions, reject_unknown
@@ -166,6 +167,7 @@ class AccelStrategy(DDPStrategy):
                 if not isinstance(optimizer, _MockOptimizer):
                     self.engine.add_optimizer(optimizer)
             self.engine.build()
+            require_averaging_in_parts(trainer.callbacks, self.engine)  # type: ignore[attr-defined]
         elif self.row.parameters is Rest.SHARDED:
             self.engine = self._options.start(self.model, self.row.name)
             self.engine.build()
