@@ -1,4 +1,4 @@
-"""How the tests of this folder train: a model with a buffer, validated within epochs, with accumulation and clipping."""
+"""How the tests of this folder train: with a buffer, validation within epochs, accumulation and clipping."""
 
 from __future__ import annotations
 
@@ -50,7 +50,8 @@ class Recording(pl.Callback):
         self.rates.append(trainer.optimizers[0].param_groups[0]["lr"])
 
     def on_validation_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        self.losses.append(trainer.callback_metrics["val_loss"].item())
+        if not trainer.sanity_checking:
+            self.losses.append(trainer.callback_metrics["val_loss"].item())
 
     def on_train_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         if self.path is not None:
