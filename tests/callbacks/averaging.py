@@ -39,10 +39,11 @@ class Counting(Regression):
 
 
 class Recording(pl.Callback):
-    """Notes learning rates and what validation found, and saves at the end of each epoch."""
+    """Notes learning rates and what validation found, saves at the end of each epoch, and may stop early."""
 
-    def __init__(self, path: Path | None = None) -> None:
+    def __init__(self, path: Path | None = None, stop_after: int | None = None) -> None:
         self.path = path
+        self.stop_after = stop_after
         self.losses: list[float] = []
         self.rates: list[float] = []
 
@@ -56,6 +57,8 @@ class Recording(pl.Callback):
     def on_train_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         if self.path is not None:
             trainer.save_checkpoint(self.path)
+        if trainer.current_epoch + 1 == self.stop_after:
+            trainer.should_stop = True
 
 
 def library(strategy: str) -> Any:
@@ -79,7 +82,7 @@ def fit(
     *,
     save: Path | None = None,
     ckpt_path: Path | None = None,
-    norm: bool = False,
+    stop_after: int | None = None,
     **arguments: Any,
 ) -> tuple[dict[str, Tensor], list[float], list[float]]:
     """Train; final values, validation losses and learning rates.
@@ -89,11 +92,11 @@ def fit(
         average: Makes the callback for a strategy.
         save: Where to save at the end of each epoch.
         ckpt_path: Where to go on from.
-        norm: Whether there is a BatchNorm.
+        stop_after: Epochs to stop after, though the callback expects more: its schedule may depend on how many.
         arguments: For the Trainer.
     """
-    module = Counting(norm=norm, **arguments.pop("hyperparameters", {}))
-    recording = Recording(save)
+    module = Counting()
+    recording = Recording(save, stop_after)
     settings = {
         "max_epochs": EPOCHS,
         "accumulate_grad_batches": 2,
