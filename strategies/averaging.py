@@ -21,13 +21,13 @@ def require_averaging_in_parts(callbacks: Sequence[pl.Callback], engine: Engine)
         return
     from lightning_accel import callbacks as ours  # they import the strategies
 
+    theirs = (StochasticWeightAveraging, WeightAveraging)
     for callback in callbacks:
-        for theirs in (StochasticWeightAveraging, WeightAveraging):
-            if isinstance(callback, theirs) and not isinstance(callback, getattr(ours, theirs.__name__)):
-                name = type(callback).__name__
-                use = name if hasattr(ours, name) else theirs.__name__
-                raise ValueError(
-                    f"Expected callbacks that can average parameters which rest sharded over the ranks, got"
-                    f" {type(callback).__module__}.{name}, which copies whole models. Use (or derive from)"
-                    f" lightning_accel.callbacks.{use}: it takes the same arguments and reads the same checkpoints."
-                )
+        if isinstance(callback, theirs) and not isinstance(callback, tuple(getattr(ours, t.__name__) for t in theirs)):
+            kind = type(callback)
+            use = next(base.__name__ for base in kind.__mro__ if hasattr(ours, base.__name__))
+            raise ValueError(
+                f"Expected callbacks that can average parameters which rest sharded over the ranks, got"
+                f" {kind.__module__}.{kind.__name__}, which copies whole models. Use (or derive from)"
+                f" lightning_accel.callbacks.{use}: it takes the same arguments and reads the same checkpoints."
+            )

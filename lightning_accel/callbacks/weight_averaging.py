@@ -144,7 +144,11 @@ class WeightAveraging(callbacks.WeightAveraging):
             rank_zero_info(
                 "The model starts from the current_model_state of the checkpoint, its average from state_dict."
             )
-            self._loaded = checkpoint["state_dict"], int(checkpoint["averaging_state"]["n_averaged"])
+            averaged, count = checkpoint["state_dict"], int(checkpoint["averaging_state"]["n_averaged"])
+            if self._average is None:
+                self._loaded = averaged, count
+            else:  # within fit, as a Tuner does
+                self._average.load_state_dict(averaged, count)
             current = {**checkpoint, "state_dict": checkpoint["current_model_state"]}
             trainer.strategy.load_model_state_dict(current, strict=pl_module.strict_loading)
         else:

@@ -85,18 +85,17 @@ class Average:
         self._buffers = buffers
         self._device = None if device is None else torch.device(device)
         self._flats: dict[Unit, Tensor] = {}
-        self._loose: dict[str, Tensor] = {}  # of what is in no unit: buffers, and frozen parameters if need be
+        self._frozen: dict[nn.Parameter, Tensor] = {}  # of parameters in no unit, if need be
         self._require_open()
         engine.build()
         self._lay_out()
-        for name, buffer in self._current_buffers():
-            self._loose[name] = self._copied(buffer)
+        self._buffer_averages = {name: self._copied(buffer) for name, buffer in self._current_buffers()}
         engine.watch(self._lay_out)
 
     @property
     def nbytes(self) -> int:
         """Bytes of the average on this rank."""
-        return sum(map(nbytes, [*self._flats.values(), *self._loose.values()]))
+        return sum(map(nbytes, [*self._flats.values(), *self._frozen.values(), *self._buffer_averages.values()]))
 
     # ------------------------------------------------------------------ layout
 
@@ -117,22 +116,22 @@ class Average:
     @torch.no_grad()
     def _lay_out(self) -> None:
         """Follow the engine's units. All ranks take part. See [Note: what is averaged]."""
-        units, names = self._engine.units, self._engine.names
+        units = self._engine.units
         homeless: dict[nn.Parameter, Tensor] = {}
         for unit in [unit for unit in self._flats if unit not in units]:
             whole = self._whole(unit, self._flats.pop(unit))
             for position, parameter in enumerate(unit.parameters):
                 homeless[parameter] = unit.memory.view(whole, position)
         for unit in units:
-            for parameter, name in zip(unit.parameters, unit.names, strict=True):
-                if name in self._loose:
-                    homeless[parameter] = self._loose.pop(name)
+            for parameter in unit.parameters:
+                if parameter in self._frozen:
+                    homeless[parameter] = self._frozen.pop(parameter)
             known = [position for position, parameter in enumerate(unit.parameters) if parameter in homeless]
             if unit not in self._flats and (known or any(p.requires_grad for p in unit.parameters)):
                 self._flats[unit] = self._copied(unit.memory.mine)
             for position in known:
                 _put(unit, self._flats[unit], position, homeless.pop(unit.parameters[position]))
-        self._loose.update({names[p]: self._copied(value) for p, value in homeless.items() if p in names})
+        self._frozen.update({parameter: self._copied(value) for parameter, value in homeless.items()})
 
     def _whole(self, unit: Unit, flat: Tensor) -> Tensor:
         """The average of a whole unit. All ranks take part where it is in parts."""
@@ -147,13 +146,12 @@ class Average:
     def _parameter_pairs(self) -> list[tuple[Tensor, Tensor]]:
         """Averages of parameters on this rank and, for each, the current values."""
         pairs = [(flat, unit.memory.mine) for unit, flat in self._flats.items()]
-        frozen = {name: parameter for parameter, name in self._engine.names.items() if name in self._loose}
-        return pairs + [(self._loose[name], parameter.detach()) for name, parameter in frozen.items()]
+        return pairs + [(average, parameter.detach()) for parameter, average in self._frozen.items()]
 
     def _buffer_pairs(self) -> list[tuple[Tensor, Tensor]]:
         pairs = []
         for name, buffer in self._current_buffers():
-            average = self._loose.get(name)
+            average = self._buffer_averages.get(name)
             if average is None or average.shape != buffer.shape:
                 before = "none" if average is None else f"one of shape {tuple(average.shape)}"
                 raise RuntimeError(
@@ -198,13 +196,13 @@ class Average:
         for (device, dtype), members in kinds.items():
             averages = [average for average, _ in members]
             currents = [current.to(device) for _, current in members]
+            count = torch.full((), self.count, device=device)  # filled there: to copy it would wait for the device
             if dtype is torch.bool:  # cannot be subtracted
                 for average, current in zip(averages, currents, strict=True):
                     average.copy_(current)
             elif self._multi_avg_fn is not None:
-                self._multi_avg_fn(averages, currents, torch.tensor(self.count, device=device))
+                self._multi_avg_fn(averages, currents, count)
             elif self._avg_fn is not None:
-                count = torch.tensor(self.count, device=device)
                 for average, current in zip(averages, currents, strict=True):
                     average.copy_(self._avg_fn(average, current, count))
             elif dtype.is_floating_point or dtype.is_complex:
@@ -273,7 +271,8 @@ class Average:
                     found[name] = value.to("cpu", copy=True) if self._is_sharded else value
         if not keeps:
             return {}
-        found.update(self._loose)
+        found.update({self._engine.names[parameter]: value for parameter, value in self._frozen.items()})
+        found.update(self._buffer_averages)
         return {alias: found[name] for alias, name in self._aliases().items() if name in found}
 
     def _aliases(self) -> dict[str, str]:
@@ -337,11 +336,11 @@ class Average:
         for parameter, name in engine.names.items():
             if parameter not in placed and name in given:
                 value = take(name, parameter).to(parameter.device)
-                if name in self._loose or not torch.equal(value.to(parameter.dtype), parameter):
-                    self._loose[name] = self._copied(value.to(parameter.dtype))
+                if parameter in self._frozen or not torch.equal(value.to(parameter.dtype), parameter):
+                    self._frozen[parameter] = self._copied(value.to(parameter.dtype))
         for name, buffer in self._current_buffers():
             if name in given:
-                self._loose[name].copy_(take(name, buffer))
+                self._buffer_averages[name].copy_(take(name, buffer))
         self.count = count
 
     def _problems(self, state: Mapping[str, Tensor]) -> list[str]:

@@ -207,6 +207,33 @@ def test_thawed_parameters_join_the_average(ranks2: Ranks, row: str) -> None:
         assert_same(result, expected)
 
 
+class Tuned(Counting):
+    """With a learning rate where Lightning's tuner looks for one."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.lr = 0.02
+
+
+def tune(strategy: str, folder: Path) -> Any:
+    """The tuner saves a checkpoint, trains, and loads it again, all within fit."""
+    module = Tuned()
+    recording = Recording()
+    finder = pl.callbacks.LearningRateFinder(num_training_steps=4, early_stop_threshold=None)
+    used = make(
+        strategy, max_epochs=3, default_root_dir=folder, callbacks=[average("moving", strategy), finder, recording]
+    )
+    used.fit(module, loader(), loader(size=16))
+    return everything(module), recording.losses, recording.rates
+
+
+@pytest.mark.parametrize("row", ["zero1", "fsdp"])
+def test_the_learning_rate_finder_leaves_no_trace(ranks2: Ranks, row: str, tmp_path: Path) -> None:
+    expected = tune("auto", tmp_path / "alone")
+    for result in ranks2.run(tune, row, tmp_path / "ranks"):
+        assert_same(result, expected)
+
+
 # ------------------------------------------------------------------ other strategies and classes
 
 

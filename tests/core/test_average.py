@@ -189,7 +189,7 @@ def saved_and_loaded(row, spread):
     other = Average(engine)
     before, _ = equal_units(average, other)
     other.load_state_dict(state, average.count)
-    buffers = [torch.equal(average._loose[name], other._loose[name]) for name in average._loose]
+    buffers = [torch.equal(one, other._buffer_averages[name]) for name, one in average._buffer_averages.items()]
     return before, equal_units(average, other), all(buffers) and other.count == average.count == 3
 
 

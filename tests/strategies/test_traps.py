@@ -420,7 +420,7 @@ class MovingAverage(EMAWeightAveraging):
     [
         ("stochastic", "StochasticWeightAveraging"),
         ("moving", "EMAWeightAveraging"),
-        ("derived", "WeightAveraging"),
+        ("derived", "EMAWeightAveraging"),
     ],
 )
 @pytest.mark.parametrize("row", ["fsdp", "fsdp_partial"])
