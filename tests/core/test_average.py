@@ -303,6 +303,42 @@ def test_frozen_parameters_that_differ_from_their_average(ranks2, row):
         assert before < after
 
 
+def two_optimizers(row):
+    """One elementwise, one that needs whole tensors, which steps every other time."""
+    expected, results = None, []
+    for engine in (None, Engine(build(Net), row)):
+        module = build(Net) if engine is None else engine.module
+        first, *rest = [list(part.parameters()) for part in (module.first, module.blocks, module.last)]
+        optimizers = [adamw(first), torch.optim.Adafactor([p for part in rest for p in part], lr=0.01)]
+        if engine is None:
+            average = expected = AveragedModel(module, multi_avg_fn=get_ema_multi_avg_fn(0.7))
+        else:
+            for optimizer in optimizers:
+                engine.add_optimizer(optimizer)
+            average = Average(engine, multi_avg_fn=get_ema_multi_avg_fn(0.7))
+        xs, ys = data(STEPS, dist.get_world_size())
+        for i in range(STEPS):
+            if engine is None:
+                mse(module, xs[i], ys[i]).backward()
+            else:
+                with engine.forward_context():
+                    loss = mse(module, my_share(xs[i]), my_share(ys[i]))
+                engine.backward(loss)
+            for optimizer in optimizers[: 1 + i % 2]:
+                optimizer.step()
+                optimizer.zero_grad()
+            average.update_parameters(module) if engine is None else average.update()
+        if engine is not None:
+            average.transfer()
+            results = values(engine)
+    return relative_error(results, expected.module.parameters())
+
+
+@pytest.mark.parametrize("row", ROW_NAMES)
+def test_several_optimizers(ranks3, row):
+    assert max(ranks3.run(two_optimizers, row)) < EXACT
+
+
 def use(row, what):
     engine, optimizer = started(row, Net)
     if what == "both":
