@@ -12,6 +12,7 @@ from torch import nn
 
 from lightning_accel.core import Engine
 from lightning_accel.core.partition import Units
+from lightning_accel.core.placement import Row
 
 _NOT_NEEDED = {
     "find_unused_parameters": "unused parameters are always found",
@@ -40,14 +41,16 @@ class EngineOptions:
     """Neighbouring units are joined up to this size, in MiB."""
     compile: bool | Mapping[str, Any] = False
     """Compile each unit's module: True, or keyword arguments for ``torch.compile``."""
+    shard_size: int | None = None
+    """For hybrid rows: how many neighbouring ranks divide a copy of the model state."""
 
     def __post_init__(self) -> None:
         if not self.bucket_cap_mb > 0:
             raise ValueError(f"Expected bucket_cap_mb to be positive, got {self.bucket_cap_mb}.")
 
-    def start(self, module: nn.Module, row: str) -> Engine:
+    def start(self, module: nn.Module, row: Row) -> Engine:
         """An engine for a module on its device. All ranks take part."""
-        engine = Engine(module, row, units=self.units, bucket_cap_mb=self.bucket_cap_mb)
+        engine = Engine(module, row, units=self.units, bucket_cap_mb=self.bucket_cap_mb, shard_size=self.shard_size)
         if self.compile is not False:
             arguments = {} if self.compile is True else dict(self.compile)
             for block in engine.blocks.values():

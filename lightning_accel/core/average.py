@@ -137,10 +137,10 @@ class Average:
         """The average of a whole unit. All ranks take part where it is in parts."""
         if not self._is_sharded:
             return flat
-        collectives = self._engine.collectives
-        whole = torch.empty(unit.layout.total, dtype=flat.dtype, device=collectives.device)
+        ranks = self._engine.mesh.shard  # each copy of the state has all of it
+        whole = torch.empty(unit.layout.total, dtype=flat.dtype, device=ranks.device)
         whole[slice(*unit.part)] = flat.to(whole.device)
-        collectives.all_gather(whole, unit.layout).wait()
+        ranks.all_gather(whole, unit.layout).wait()
         return whole
 
     def _parameter_pairs(self) -> list[tuple[Tensor, Tensor]]:
