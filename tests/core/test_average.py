@@ -76,9 +76,9 @@ def reference(function, use_buffers):
     return module, average.module
 
 
-def average_beside_torch(row, function, buffers, device):
+def average_beside_torch(row, function, buffers, device, **options):
     alone, expected = reference(function, buffers == "average")
-    engine, optimizer = started(row)
+    engine, optimizer = started(row, **options)
     average = Average(engine, buffers=buffers, device=device, **FUNCTIONS[function])
     step_all(engine, optimizer, STEPS, average)
     errors = {}
@@ -120,6 +120,12 @@ def test_average_is_that_of_torch(ranks2, row, function):
 @pytest.mark.parametrize("row", ["ddp", "fsdp"])
 def test_buffers_of_the_last_update(ranks3, row):
     for errors in ranks3.run(average_beside_torch, row, "multi_avg_fn", "copy", None):
+        assert max(errors.values()) < EXACT, errors
+
+
+@pytest.mark.parametrize("world", [4], indirect=True)
+def test_copies_of_divided_state(world):
+    for errors in world.run(average_beside_torch, "fsdp_hybrid", "mean", "average", None, shard_size=2):
         assert max(errors.values()) < EXACT, errors
 
 
