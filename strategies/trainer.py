@@ -31,6 +31,7 @@ from lightning_accel.core.materialise import InitFn, has_meta
 from lightning_accel.core.partition import Units
 from lightning_accel.core.placement import Row
 from lightning_accel.plugins.precision import require_no_scaler, with_engine_clipping
+from lightning_accel.strategies.averaging import require_averaging_in_parts
 from lightning_accel.strategies.compact import compact, keep
 from lightning_accel.strategies.failure import end_children_at_exit, explain
 from lightning_accel.strategies.options import EngineOptions, reject_unknown, to_device
@@ -189,6 +190,7 @@ class AccelStrategy(DDPStrategy):
                 if not isinstance(optimizer, _MockOptimizer):
                     self.engine.add_optimizer(optimizer)
             self.engine.build()
+            require_averaging_in_parts(trainer.callbacks, self.engine)  # type: ignore[attr-defined]
         elif self.row.parameters is Rest.SHARDED or has_meta(self.model):
             self.engine = self._options.start(self.model, self.row, self.root_device)
             self.engine.build()

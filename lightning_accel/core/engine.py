@@ -138,6 +138,7 @@ class Engine:
         self._broken = False
         self._synchronise = True
         self._in_backward = False
+        self._watchers: list[weakref.WeakMethod[Callable[[], None]]] = []  # told of new layouts
         for parameter in module.parameters():
             _engines[parameter] = weakref.ref(self)
         # Whoever exits first must not leave its peers waiting for a message that was never sent.
@@ -222,6 +223,13 @@ class Engine:
                 self._hooks[parameter] = parameter.register_post_accumulate_grad_hook(  # type: ignore[no-untyped-call]
                     self._on_gradient
                 )
+        for watcher in self._watchers:
+            if (told := watcher()) is not None:
+                told()
+
+    def watch(self, watcher: Callable[[], None]) -> None:
+        """Have a bound method called after each new layout of the units, on all ranks. Its object is not kept alive."""
+        self._watchers.append(weakref.WeakMethod(watcher))
 
     def close(self, *, abandon: bool = False) -> None:
         """Finish what is under way and give the module its parameters' memory back. Optimizers can still save.
@@ -431,6 +439,35 @@ class Engine:
             if self.is_compiled or is_compiled(self.module):
                 self.wait()  # compiled code sees no classes, and would be compiled again if they differed
         self._counts.close_step(self)
+
+    @contextmanager
+    def changing(self) -> Iterator[None]:
+        """Within it, the parts of the parameters that this rank updates may be changed. For all ranks, together.
+
+        That is ``unit.memory.mine`` of each unit. The other ranks get the new values as after an optimizer step.
+
+        Raises:
+            RuntimeError: If this is within backward.
+
+        """
+        self._require_open()
+        if self._in_backward:
+            raise RuntimeError("Expected parameters to be changed between steps, got a change within backward.")
+        self.build()
+        self.wait()
+        self._residency.before_update()
+        with torch.no_grad():
+            yield
+        for unit in self.units:
+            with torch._C.DisableTorchFunctionSubclass():
+                torch.autograd.graph.increment_version(unit.parameters)
+        if self.row.parameters is Rest.SHARDED:
+            self._residency.after_update()
+        elif self.row.optimizer_state is Rest.SHARDED:
+            for unit in self.units:
+                self._gather(unit)
+            if self.is_compiled or is_compiled(self.module):
+                self.wait()
 
     def _gather(self, unit: Unit) -> None:
         pending = self.mesh.shard.all_gather(unit.flat, unit.layout)
