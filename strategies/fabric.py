@@ -28,7 +28,7 @@ from lightning_accel.core.placement import find_row
 from lightning_accel.plugins.precision import engine_optimizer, require_no_scaler
 from lightning_accel.strategies.compact import compact, keep
 from lightning_accel.strategies.fsdp import SHARDINGS, row_of_sharding
-from lightning_accel.strategies.options import EngineOptions, reject_unknown
+from lightning_accel.strategies.options import EngineOptions, Recomputed, reject_unknown
 from lightning_accel.strategies.trainer import START_METHODS
 from lightning_accel.strategies.zero import STAGES, row_of_stage
 
@@ -92,6 +92,10 @@ class AccelFabricStrategy(DDPStrategy):
             the model's repeated block class.
         bucket_cap_mb: Neighbouring units are joined up to this size, in MiB.
         compile: Compile each unit's module: True, or keyword arguments for ``torch.compile``.
+        activation_checkpointing: Compute activations again in backward instead of keeping them: True for each unit's
+            module, or names or classes of modules. Names in ``state_dict`` stay as they are.
+        activation_checkpointing_options: Keyword arguments for ``torch.utils.checkpoint.checkpoint``, such as
+            ``preserve_rng_state``, ``context_fn`` (for a selective policy) or ``use_reentrant`` (default: False).
         process_group_backend: ``"gloo"``, ``"nccl"``, …; by default what suits the device.
         timeout: Longest wait for a collective.
         start_method: How the ranks of this node are started: ``"popen"``, ``"spawn"`` or ``"fork"``.
@@ -110,6 +114,8 @@ class AccelFabricStrategy(DDPStrategy):
         units: Units | None = None,
         bucket_cap_mb: float = 25.0,
         compile: bool | Mapping[str, Any] = False,
+        activation_checkpointing: Recomputed = False,
+        activation_checkpointing_options: Mapping[str, Any] | None = None,
         process_group_backend: str | None = None,
         timeout: timedelta | None = default_pg_timeout,
         start_method: Literal["popen", "spawn", "fork"] = "popen",
@@ -129,7 +135,13 @@ class AccelFabricStrategy(DDPStrategy):
             start_method=start_method,
         )
         self.row = find_row(row)
-        self._options = EngineOptions(units=units, bucket_cap_mb=bucket_cap_mb, compile=compile)
+        self._options = EngineOptions(
+            units=units,
+            bucket_cap_mb=bucket_cap_mb,
+            compile=compile,
+            activation_checkpointing=activation_checkpointing,
+            activation_checkpointing_options=activation_checkpointing_options,
+        )
         self._backward_sync_control = _EngineSyncControl()
         self._engines: list[weakref.ref[Engine]] = []
 

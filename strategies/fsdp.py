@@ -22,7 +22,8 @@ class AccelFSDPStrategy(AccelStrategy):
         sharding: ``"full"``: each unit's parameters are freed after its forward, and gathered again for its backward.
             ``"partial"``: they stay in between, which takes more memory and sends a third less.
         kwargs: See :class:`~lightning_accel.strategies.trainer.AccelStrategy`: ``units``, ``bucket_cap_mb``,
-            ``compile``, ``process_group_backend``, ``timeout``, ``start_method`` and Lightning's own.
+            ``compile``, ``activation_checkpointing``, ``activation_checkpointing_options``, ``process_group_backend``,
+            ``timeout``, ``start_method`` and Lightning's own.
 
     """
 

@@ -121,6 +121,8 @@ class Engine:
         self.blocks = find_blocks(module, units)
         """The modules that form units, by name."""
 
+        self.at_close = contextlib.ExitStack()
+        """What ``close`` takes back besides the engine's own doings."""
         self.is_compiled = False
         """Whether the module is called by compiled code that is not part of it."""
         self.optimizers: list[EngineOptimizer] = []
@@ -253,6 +255,7 @@ class Engine:
         for unit in self.units:
             unit.release(abandon=abandon)
         self._residency.detach()
+        self.at_close.close()
         if not abandon:
             self._residency.before_update()
         for optimizer in self.optimizers:
