@@ -3,12 +3,10 @@
 from __future__ import annotations
 
 import copy
-import sys
 import weakref
 from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager, ExitStack, nullcontext
 from datetime import timedelta
-from pathlib import Path
 from typing import Any, Literal
 
 import torch
@@ -25,6 +23,7 @@ from typing_extensions import override
 from lightning_accel.core import Engine, Rest
 from lightning_accel.core.partition import Units
 from lightning_accel.core.placement import find_row
+from lightning_accel.core.structure import called_by_compiled_code
 from lightning_accel.plugins.precision import engine_optimizer, require_no_scaler
 from lightning_accel.strategies.compact import compact, keep
 from lightning_accel.strategies.fsdp import SHARDINGS, row_of_sharding
@@ -33,9 +32,6 @@ from lightning_accel.strategies.trainer import START_METHODS
 from lightning_accel.strategies.zero import STAGES, row_of_stage
 
 __all__ = ["AccelDDPStrategy", "AccelFSDPStrategy", "AccelZeROStrategy", "EngineModule"]
-
-
-_COMPILED_CALL = ("compile_wrapper", ("_dynamo", "eval_frame.py"))
 
 
 class EngineModule(nn.Module):
@@ -66,12 +62,7 @@ class EngineModule(nn.Module):
     @torch.compiler.disable
     def _note_compilation(self) -> None:
         """Find out whether dynamo calls this object: Fabric compiles what wraps a compiled module, as users may."""
-        frame = sys._getframe().f_back
-        while frame is not None:
-            if (frame.f_code.co_name, Path(frame.f_code.co_filename).parts[-2:]) == _COMPILED_CALL:
-                self.engine.is_compiled = True
-                return
-            frame = frame.f_back
+        self.engine.is_compiled = called_by_compiled_code()
 
     def __deepcopy__(self, memo: dict[int, Any]) -> nn.Module:
         """A copy of the user's module, which no engine trains."""

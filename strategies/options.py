@@ -67,6 +67,13 @@ class EngineOptions:
                 f"Expected activation_checkpointing to be set where it has options, got {which!r} and"
                 f" activation_checkpointing_options={dict(options)!r}. Set it to True, or leave the options out."
             )
+        backend = self.compile.get("backend") if isinstance(self.compile, Mapping) else None
+        if which is not False and backend == "eager":
+            raise ValueError(
+                "Expected another backend than 'eager' for compile together with activation_checkpointing: with that"
+                " one torch draws other random numbers in recomputation than in forward, and gradients after dropout"
+                " are wrong. Use 'aot_eager' to debug."
+            )
 
     def start(self, module: nn.Module, row: str) -> Engine:
         """An engine for a module on its device. All ranks take part.

@@ -57,7 +57,7 @@ from lightning_accel.core.pool import BufferPool
 from lightning_accel.core.report import Report, StepCounts, measure
 from lightning_accel.core.residency import Residency
 from lightning_accel.core.roster import Roster
-from lightning_accel.core.structure import Structure, is_compiled
+from lightning_accel.core.structure import Structure, called_by_compiled_code, is_compiled
 from lightning_accel.core.unit import Unit
 
 _IN_FLIGHT = 2
@@ -514,6 +514,8 @@ class Engine:
         def wait() -> None:
             if unit not in self._gathers:
                 return
+            # A compiled model that nobody has told the engine of; by the next step all is waited for in time.
+            self.is_compiled = self.is_compiled or called_by_compiled_code()
             pending.wait()  # first: if it is interrupted, the next reader waits again
             if self._gathers.pop(unit, None) is not None:
                 for parameter in unit.parameters:

@@ -49,7 +49,8 @@ class Rich(nn.Module):
         self.linear, self.gate, self.dropout = nn.Linear(width, width), nn.Linear(width, width), nn.Dropout(0.3)
 
     def forward(self, x, pair, *, debug, table):
-        type(self).calls += 1
+        if not torch.compiler.is_compiling():  # which takes no side effects in what is recomputed
+            type(self).calls += 1
         first, second = pair
         hidden = self.dropout(torch.tanh(self.linear(x) + first))
         hidden = torch.sin(hidden * torch.sigmoid(self.gate(debug + second)))
