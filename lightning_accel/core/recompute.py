@@ -7,6 +7,10 @@ gives way to. It lies below the module's hooks: those run once for each forward,
 gather and free parameters (core/residency.py). Within backward nothing is gathered for the recomputation alone: the
 gradient of the module's output arrives first, and its hook has the parameters there already.
 
+[Note: changed parameters]
+Autograd refuses to go through an operation whose saved parameters an optimizer step has changed since. What is computed
+again saves nothing: it would quietly take the new values. So their versions are compared.
+
 [Note: reentrant]
 torch's reentrant kind runs forward without a graph and has two traps. It sees gradients through those tensors only
 that are arguments, not through what is in lists, dictionaries or keyword arguments. And if none of them needs one, the
@@ -105,14 +109,36 @@ class _Forward:
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         if not (self._active and self._module.training and torch.is_grad_enabled()):
             return self._inner(*args, **kwargs)
-        # Compiled code knows one kind of checkpointing only.
-        if self._options["use_reentrant"] and not torch.compiler.is_compiling():
-            return self._reentrant(args, kwargs)
-        # Keyword arguments of the module may have the names of options.
-        function = partial(self._inner, **kwargs) if kwargs else self._inner
-        return checkpoint(function, *args, **{**self._options, "use_reentrant": False})
+        if torch.compiler.is_compiling():  # compiled code knows one kind of checkpointing only
+            function = partial(self._inner, **kwargs) if kwargs else self._inner
+            return checkpoint(function, *args, **{**self._options, "use_reentrant": False})
+        function, done = self._watched()
+        try:
+            if self._options["use_reentrant"]:
+                return self._reentrant(function, args, kwargs)
+            # Keyword arguments of the module may have the names of options.
+            return checkpoint(partial(function, **kwargs), *args, **self._options)
+        finally:
+            done()
 
-    def _reentrant(self, args: Any, kwargs: Any) -> Any:
+    def _watched(self) -> tuple[Callable[..., Any], Callable[[], None]]:
+        """The module's forward for one call, and what to call after it. See [Note: changed parameters]."""
+        parameters = list(self._module.parameters())
+        versions: list[int] = []
+
+        def run(*args: Any, **kwargs: Any) -> Any:
+            if versions and versions != [p._version for p in parameters]:
+                raise RuntimeError(
+                    f"Expected the parameters of {type(self._module).__name__} to stay as they were in forward until"
+                    " backward computes its activations again, but they were modified by an inplace operation (an"
+                    " optimizer step?) in between. Run forward again, or leave this module out of"
+                    " activation_checkpointing."
+                )
+            return self._inner(*args, **kwargs)
+
+        return run, lambda: versions.extend(p._version for p in parameters)
+
+    def _reentrant(self, function: Callable[..., Any], args: Any, kwargs: Any) -> Any:
         """See [Note: reentrant]."""
         leaves, structure = tree_flatten((args, kwargs))
         tensors = [leaf for leaf in leaves if isinstance(leaf, Tensor)]
@@ -122,7 +148,7 @@ class _Forward:
 
         def run(_: Tensor, *leaves: Any) -> Any:
             args, kwargs = tree_unflatten(leaves, structure)
-            outputs, found = tree_flatten(self._inner(*args, **kwargs))
+            outputs, found = tree_flatten(function(*args, **kwargs))
             for output in outputs:
                 if not isinstance(output, _PLAIN):
                     raise RuntimeError(

@@ -325,6 +325,18 @@ def test_active_in_training_with_gradients_only():
     assert forwards() == 1
 
 
+@pytest.mark.parametrize("options", [{}, REENTRANT], ids=["default", "reentrant"])
+def test_parameters_that_changed_since_forward_are_refused(options):
+    block = nn.Linear(3, 3)
+    recompute([block], options)
+    optimizer = torch.optim.SGD(block.parameters(), lr=0.1)
+    first, second = (block(torch.ones(1, 3, requires_grad=True)).sum() for _ in range(2))
+    first.backward()
+    optimizer.step()
+    with pytest.raises(RuntimeError, match="Expected the parameters of Linear to stay .* modified by an inplace"):
+        second.backward()
+
+
 def test_no_trace_on_the_module():
     module = build(Net)
     before = copy.deepcopy(module)
