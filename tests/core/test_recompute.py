@@ -16,7 +16,7 @@ from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import (
 )
 from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
 
-from core.toys import ROW_NAMES, Net, adamw, build, data, mse, my_share, relative_error, train, values
+from core.toys import ROW_NAMES, Net, adamw, build, data, mse, my_share, relative_error, train, train_alone, values
 from lightning_accel.core import Engine
 from lightning_accel.core.recompute import recompute
 
@@ -422,3 +422,28 @@ def on_the_share(row):  # keeps the data helpers honest: a rank's part of a batc
 @pytest.mark.parametrize("row", ROW_NAMES)
 def test_reentrant_after_frozen_layers(ranks2, row):
     assert max(ranks2.run(on_the_share, row)) < EXACT
+
+
+def penalised(module, x, y):
+    """The gradient of the output to the input is part of the loss: a backward within forward, and of it once more."""
+    x = x.clone().requires_grad_()
+    out = module(x)
+    (slope,) = torch.autograd.grad(out.sum(), x, create_graph=True)
+    return ((out - y) ** 2).mean() + (slope**2).mean()
+
+
+def gradients_within_the_loss(row):
+    module = build(Net)
+    engine = Engine(module, row)
+    optimizer = adamw(module.parameters())
+    engine.add_optimizer(optimizer)
+    recompute(module.blocks)
+    train(engine, optimizer, 3, loss=penalised)
+    alone = build(Net)
+    train_alone(alone, adamw(alone.parameters()), 3, dist.get_world_size(), penalised)
+    return relative_error(values(engine), alone.parameters())
+
+
+@pytest.mark.parametrize("row", ["zero2", "fsdp", "fsdp_partial"])
+def test_gradients_within_the_loss(ranks2, row):
+    assert max(ranks2.run(gradients_within_the_loss, row)) < EXACT
