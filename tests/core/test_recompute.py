@@ -432,18 +432,30 @@ def penalised(module, x, y):
     return ((out - y) ** 2).mean() + (slope**2).mean()
 
 
-def gradients_within_the_loss(row):
-    module = build(Net)
+class Recomputing(Net):
+    """Recomputes its blocks by the user's own call, to their very end."""
+
+    def forward(self, x):
+        x = torch.tanh(self.first(x))
+        for block in self.blocks:
+            x = checkpoint(block, x, use_reentrant=False, early_stop=False)
+        return self.last(x)
+
+
+def gradients_within_the_loss(row, make):
+    module = build(make)
     engine = Engine(module, row)
     optimizer = adamw(module.parameters())
     engine.add_optimizer(optimizer)
-    recompute(module.blocks)
+    if make is Net:
+        recompute(module.blocks)
     train(engine, optimizer, 3, loss=penalised)
     alone = build(Net)
     train_alone(alone, adamw(alone.parameters()), 3, dist.get_world_size(), penalised)
     return relative_error(values(engine), alone.parameters())
 
 
+@pytest.mark.parametrize("make", [Net, Recomputing])
 @pytest.mark.parametrize("row", ["zero2", "fsdp", "fsdp_partial"])
-def test_gradients_within_the_loss(ranks2, row):
-    assert max(ranks2.run(gradients_within_the_loss, row)) < EXACT
+def test_gradients_within_the_loss(ranks2, row, make):
+    assert max(ranks2.run(gradients_within_the_loss, row, make)) < EXACT
