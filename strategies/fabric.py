@@ -6,6 +6,7 @@ import copy
 import weakref
 from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager, ExitStack, nullcontext
+from dataclasses import replace
 from datetime import timedelta
 from typing import Any, Literal
 
@@ -22,7 +23,7 @@ from typing_extensions import override
 
 from lightning_accel.core import Engine, Rest
 from lightning_accel.core.partition import Units
-from lightning_accel.core.placement import find_row
+from lightning_accel.core.placement import Row, find_row
 from lightning_accel.core.structure import called_by_compiled_code
 from lightning_accel.plugins.precision import engine_optimizer, require_no_scaler
 from lightning_accel.strategies.compact import compact, keep
@@ -73,7 +74,7 @@ class AccelFabricStrategy(DDPStrategy):
     """Base of the Fabric strategies. It derives from Fabric's ``DDPStrategy`` for launching and process groups.
 
     Args:
-        row: Name of the placement row.
+        row: The placement row.
         accelerator: As for Fabric's strategies, likewise the next four.
         parallel_devices: The devices of this node.
         cluster_environment: Where ranks and addresses come from.
@@ -96,7 +97,7 @@ class AccelFabricStrategy(DDPStrategy):
 
     def __init__(
         self,
-        row: str,
+        row: Row,
         accelerator: Accelerator | None = None,
         parallel_devices: list[torch.device] | None = None,
         cluster_environment: ClusterEnvironment | None = None,
@@ -125,7 +126,7 @@ class AccelFabricStrategy(DDPStrategy):
             timeout=timeout,
             start_method=start_method,
         )
-        self.row = find_row(row)
+        self.row = row
         self._options = EngineOptions(
             units=units,
             bucket_cap_mb=bucket_cap_mb,
@@ -160,7 +161,7 @@ class AccelFabricStrategy(DDPStrategy):
         """Start an engine for a module. All ranks take part."""
         if self.row.gradients is Rest.SHARDED:
             require_no_scaler(self.precision, self.row.name)
-        engine = self._options.start(module, self.row.name)
+        engine = self._options.start(module, self.row)
         self._engines.append(weakref.ref(engine))
         return EngineModule(module, engine)
 
@@ -316,7 +317,7 @@ class AccelDDPStrategy(AccelFabricStrategy):
     """
 
     def __init__(self, **kwargs: Any) -> None:
-        super().__init__("ddp", **kwargs)
+        super().__init__(find_row("ddp"), **kwargs)
 
     @classmethod
     @override
@@ -347,14 +348,23 @@ class AccelFSDPStrategy(AccelFabricStrategy):
     """Fully sharded data parallel; see :class:`lightning_accel.strategies.AccelFSDPStrategy`.
 
     Args:
-        sharding: ``"full"`` or ``"partial"``.
+        sharding: ``"full"``, ``"partial"`` or ``"hybrid"``.
+        shard_size: For ``"hybrid"``: how many neighbouring ranks divide a copy of the state.
+        local_accumulation: Whether ``fabric.no_backward_sync`` keeps gradients whole on each rank.
         kwargs: See :class:`AccelFabricStrategy`.
 
     """
 
-    def __init__(self, sharding: str = "full", **kwargs: Any) -> None:
-        super().__init__(row_of_sharding(sharding), **kwargs)
+    def __init__(
+        self,
+        sharding: str = "full",
+        shard_size: int | None = None,
+        local_accumulation: bool = False,
+        **kwargs: Any,
+    ) -> None:
+        super().__init__(row_of_sharding(sharding, shard_size, local_accumulation), **kwargs)
         self.sharding = sharding
+        self._options = replace(self._options, shard_size=shard_size)
 
     @classmethod
     @override

@@ -12,6 +12,7 @@ from torch import nn
 
 from lightning_accel.core import Engine
 from lightning_accel.core.partition import Units, find_blocks, find_modules
+from lightning_accel.core.placement import Row
 from lightning_accel.core.recompute import recompute, require_options
 
 Recomputed: TypeAlias = bool | Collection[str | type[nn.Module]]
@@ -51,6 +52,8 @@ class EngineOptions:
     """Compute activations again in backward: True for each unit's module, or names or classes of modules."""
     activation_checkpointing_options: Mapping[str, Any] | None = None
     """Keyword arguments for ``torch.utils.checkpoint.checkpoint``."""
+    shard_size: int | None = None
+    """For hybrid rows: how many neighbouring ranks divide a copy of the model state."""
 
     def __post_init__(self) -> None:
         if not self.bucket_cap_mb > 0:
@@ -75,7 +78,7 @@ class EngineOptions:
                 " are wrong. Use 'aot_eager' to debug."
             )
 
-    def start(self, module: nn.Module, row: str) -> Engine:
+    def start(self, module: nn.Module, row: Row) -> Engine:
         """An engine for a module on its device. All ranks take part.
 
         Raises:
@@ -83,7 +86,7 @@ class EngineOptions:
 
         """
         recomputed = self._recomputed(module)  # before anything has changed: it may raise
-        engine = Engine(module, row, units=self.units, bucket_cap_mb=self.bucket_cap_mb)
+        engine = Engine(module, row, units=self.units, bucket_cap_mb=self.bucket_cap_mb, shard_size=self.shard_size)
         engine.at_close.callback(recompute(recomputed.values(), self.activation_checkpointing_options))
         if self.compile is not False:
             arguments = {} if self.compile is True else dict(self.compile)

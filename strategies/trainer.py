@@ -28,7 +28,7 @@ from typing_extensions import override
 from lightning_accel.core import Engine, Rest
 from lightning_accel.core.agreement import synchronise
 from lightning_accel.core.partition import Units
-from lightning_accel.core.placement import find_row
+from lightning_accel.core.placement import Row
 from lightning_accel.plugins.precision import require_no_scaler, with_engine_clipping
 from lightning_accel.strategies.compact import compact, keep
 from lightning_accel.strategies.failure import end_children_at_exit, explain
@@ -54,7 +54,7 @@ class AccelStrategy(DDPStrategy):
     ``sync_dist``, compiled modules).
 
     Args:
-        row: Name of the placement row.
+        row: The placement row.
         accelerator: As for Lightning's strategies, likewise the next four.
         parallel_devices: The devices of this node.
         cluster_environment: Where ranks and addresses come from.
@@ -80,7 +80,7 @@ class AccelStrategy(DDPStrategy):
 
     def __init__(
         self,
-        row: str,
+        row: Row,
         accelerator: pl.accelerators.Accelerator | None = None,
         parallel_devices: list[torch.device] | None = None,
         cluster_environment: ClusterEnvironment | None = None,
@@ -109,7 +109,7 @@ class AccelStrategy(DDPStrategy):
             timeout=timeout,
             start_method=start_method,
         )
-        self.row = find_row(row)
+        self.row = row
         self._options = EngineOptions(
             units=units,
             bucket_cap_mb=bucket_cap_mb,
@@ -172,14 +172,14 @@ class AccelStrategy(DDPStrategy):
         if fitting:
             if self.row.gradients is Rest.SHARDED:
                 require_no_scaler(self.precision_plugin, self.row.name)
-            self.engine = self._options.start(self.model, self.row.name)
+            self.engine = self._options.start(self.model, self.row)
             self.setup_optimizers(trainer)
             for optimizer in map(_unwrap, self.optimizers):
                 if not isinstance(optimizer, _MockOptimizer):
                     self.engine.add_optimizer(optimizer)
             self.engine.build()
         elif self.row.parameters is Rest.SHARDED:
-            self.engine = self._options.start(self.model, self.row.name)
+            self.engine = self._options.start(self.model, self.row)
             self.engine.build()
         else:
             synchronise(self.model)

@@ -9,8 +9,8 @@ import torch
 from torch import Tensor, nn
 
 from lightning_accel.core.agreement import require_same
-from lightning_accel.core.collectives import Collectives
 from lightning_accel.core.layout import balance, even_layout, owned_layout
+from lightning_accel.core.mesh import Mesh
 from lightning_accel.core.parameter_memory import Gauge
 from lightning_accel.core.partition import Group, NamedParameter, partition
 from lightning_accel.core.placement import Rest, Row
@@ -30,18 +30,16 @@ class Roster:
         row: The placement row.
         blocks: Modules whose parameters stay together, by name.
         cap_bytes: Size up to which small units are joined.
-        collectives: The ranks.
+        mesh: The ranks.
         pool: Lends gradient buffers.
 
     """
 
-    def __init__(
-        self, row: Row, blocks: dict[str, nn.Module], cap_bytes: int, collectives: Collectives, pool: BufferPool
-    ) -> None:
+    def __init__(self, row: Row, blocks: dict[str, nn.Module], cap_bytes: int, mesh: Mesh, pool: BufferPool) -> None:
         self._row = row
         self._blocks = blocks
         self._cap_bytes = cap_bytes
-        self._collectives = collectives
+        self._mesh = mesh
         self._pool = pool
         self.gauge = Gauge()
         self.units: list[Unit] = []
@@ -80,7 +78,7 @@ class Roster:
             + (", trainable" if named.parameter.requires_grad else ", frozen")
             for named in free
         ]
-        require_same(lines, self._collectives, "trainable parameters")
+        require_same(lines, self._mesh.world, "trainable parameters")
 
         groups: list[tuple[Group, EngineOptimizer | None, list[NamedParameter]]] = []
         join = self._row.parameters is Rest.REPLICATED  # what is joined must be gathered together
@@ -102,7 +100,7 @@ class Roster:
         self.views = {p: unit.memory.views[i] for p, (unit, i) in self.places.items()}
         self.frozen = [parameter for parameter in names if not parameter.requires_grad]
         if built and built[0].memory.is_sharded:
-            published = self._collectives.publish([unit.memory.mine for unit in built])
+            published = self._mesh.shard.publish([unit.memory.mine for unit in built])
             for unit, source in zip(built, published, strict=True):
                 unit.memory.source = source
 
@@ -116,19 +114,19 @@ class Roster:
             if owner is not None and owner.whole and owner.sharded
             for named in members
         ]
-        ranks = balance([parameter.numel() for parameter in whole], self._collectives.ranks)
+        ranks = balance([parameter.numel() for parameter in whole], self._mesh.shard.ranks)
         return dict(zip(whole, ranks, strict=True))
 
     def _make(self, group: Group, members: Sequence[NamedParameter], owners: Mapping[nn.Parameter, int]) -> Unit:
         parameters = [named.parameter for named in members]
-        ranks = self._collectives.ranks
+        ranks = self._mesh.shard.ranks
         if parameters[0] in owners:
             layout = owned_layout([p.numel() for p in parameters], [owners[p] for p in parameters], ranks)
         else:
             layout = even_layout([p.shape for p in parameters], ranks)
         names = [named.name for named in members]
         block = None if group.block is None else self._blocks[group.block]
-        return Unit(group.name, parameters, names, layout, self._row, self._collectives, self._pool, self.gauge, block)
+        return Unit(group.name, parameters, names, layout, self._row, self._mesh, self._pool, self.gauge, block)
 
     def _dissolve(self, unit: Unit) -> None:
         """Take a unit apart that belongs to no optimizer. Gradients that it has are kept."""
