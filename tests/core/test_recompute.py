@@ -3,7 +3,7 @@
 import copy
 import functools
 import pickle
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import pytest
 import torch
@@ -17,7 +17,8 @@ from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import (
 from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
 
 from core.toys import ROW_NAMES, Net, adamw, build, data, mse, my_share, relative_error, train, train_alone, values
-from lightning_accel.core import Engine
+from lightning_accel.core import Engine, Rest
+from lightning_accel.core.placement import find_row
 from lightning_accel.core.recompute import recompute
 
 # Double precision. The operations are the same ones, but gradients that meet may be added up in another order: 1e-16.
@@ -94,7 +95,11 @@ def with_and_without(row, make, kinds, modules=None):
     return found
 
 
-@pytest.mark.parametrize("row", ROW_NAMES)
+LOCAL = replace(find_row("fsdp"), accumulating=Rest.REPLICATED)
+"""Parameters stay gathered, and gradients whole, while micro-batches accumulate."""
+
+
+@pytest.mark.parametrize("row", [*ROW_NAMES, pytest.param(LOCAL, id="fsdp, local accumulation")])
 def test_same_numbers_same_dropout_and_no_gather_more(ranks2, row):
     for found in ranks2.run(with_and_without, row, RichNet, list(OPTIONS)):
         for error, same_traffic, calls in found.values():
