@@ -8,6 +8,7 @@ from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager, ExitStack, nullcontext
 from dataclasses import replace
 from datetime import timedelta
+from pathlib import Path
 from typing import Any, Literal
 
 import torch
@@ -23,6 +24,7 @@ from typing_extensions import override
 
 from lightning_accel.core import Engine, Rest
 from lightning_accel.core.materialise import InitFn
+from lightning_accel.core.offload import OffloadKind
 from lightning_accel.core.partition import Units
 from lightning_accel.core.placement import Row, find_row
 from lightning_accel.core.structure import called_by_compiled_code
@@ -88,6 +90,9 @@ class AccelFabricStrategy(DDPStrategy):
         param_init_fn: Sets, in place, the values of models that are made on the meta device (``configure_model``,
             ``init_module(empty_init=True)``). It is called with each module that has parameters or buffers of its own;
             by default its ``reset_parameters`` is.
+        offload: ``"optimizer"``: keep optimizer state in host memory and run the step there. ``"parameters"`` (if they
+            rest sharded): keep this rank's part of them there, too.
+        offload_dir: A folder for files that optimizer state is kept in, instead of memory.
         activation_checkpointing: Compute activations again in backward instead of keeping them: True for each unit's
             module, or names or classes of modules. Names in ``state_dict`` stay as they are.
         activation_checkpointing_options: Keyword arguments for ``torch.utils.checkpoint.checkpoint``, such as
@@ -111,6 +116,8 @@ class AccelFabricStrategy(DDPStrategy):
         bucket_cap_mb: float = 25.0,
         compile: bool | Mapping[str, Any] = False,
         param_init_fn: InitFn | None = None,
+        offload: OffloadKind | None = None,
+        offload_dir: str | Path | None = None,
         activation_checkpointing: Recomputed = False,
         activation_checkpointing_options: Mapping[str, Any] | None = None,
         process_group_backend: str | None = None,
@@ -139,6 +146,8 @@ class AccelFabricStrategy(DDPStrategy):
             activation_checkpointing=activation_checkpointing,
             activation_checkpointing_options=activation_checkpointing_options,
             param_init_fn=param_init_fn,
+            offload=offload,
+            offload_dir=offload_dir,
         )
         self._backward_sync_control = _EngineSyncControl()
         self._engines: list[weakref.ref[Engine]] = []

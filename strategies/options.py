@@ -6,6 +6,7 @@ import difflib
 import inspect
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, TypeAlias
 
 import torch
@@ -13,6 +14,7 @@ from torch import Tensor, nn
 
 from lightning_accel.core import Engine
 from lightning_accel.core.materialise import InitFn
+from lightning_accel.core.offload import OffloadKind
 from lightning_accel.core.partition import Units, find_blocks, find_modules
 from lightning_accel.core.placement import Row
 from lightning_accel.core.recompute import recompute, require_options
@@ -58,6 +60,10 @@ class EngineOptions:
     """For hybrid rows: how many neighbouring ranks divide a copy of the model state."""
     param_init_fn: InitFn | None = None
     """Sets the values of parts of the model that are on the meta device."""
+    offload: OffloadKind | None = None
+    """What is kept in host memory: ``"optimizer"`` state, or ``"parameters"`` as well."""
+    offload_dir: str | Path | None = None
+    """A folder for files that optimizer state is kept in."""
 
     def __post_init__(self) -> None:
         if not self.bucket_cap_mb > 0:
@@ -98,6 +104,8 @@ class EngineOptions:
             shard_size=self.shard_size,
             param_init_fn=self.param_init_fn,
             device=device,
+            offload=self.offload,
+            offload_dir=self.offload_dir,
         )
         engine.at_close.callback(recompute(recomputed.values(), self.activation_checkpointing_options))
         if self.compile is not False:

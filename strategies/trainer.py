@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from datetime import timedelta
+from pathlib import Path
 from typing import Any, Literal
 
 import lightning.pytorch as pl
@@ -28,6 +29,7 @@ from typing_extensions import override
 from lightning_accel.core import Engine, Rest
 from lightning_accel.core.agreement import synchronise
 from lightning_accel.core.materialise import InitFn, has_meta
+from lightning_accel.core.offload import OffloadKind
 from lightning_accel.core.partition import Units
 from lightning_accel.core.placement import Row
 from lightning_accel.plugins.precision import require_no_scaler, with_engine_clipping
@@ -69,6 +71,9 @@ class AccelStrategy(DDPStrategy):
         param_init_fn: Sets, in place, the values of models that are made on the meta device (``configure_model``,
             ``init_module(empty_init=True)``). It is called with each module that has parameters or buffers of its own;
             by default its ``reset_parameters`` is.
+        offload: ``"optimizer"``: keep optimizer state in host memory and run the step there. ``"parameters"`` (if they
+            rest sharded): keep this rank's part of them there, too.
+        offload_dir: A folder for files that optimizer state is kept in, instead of memory.
         activation_checkpointing: Compute activations again in backward instead of keeping them: True for each unit's
             module, or names or classes of modules. Names in ``state_dict`` stay as they are.
         activation_checkpointing_options: Keyword arguments for ``torch.utils.checkpoint.checkpoint``, such as
@@ -95,6 +100,8 @@ class AccelStrategy(DDPStrategy):
         bucket_cap_mb: float = 25.0,
         compile: bool | Mapping[str, Any] = False,
         param_init_fn: InitFn | None = None,
+        offload: OffloadKind | None = None,
+        offload_dir: str | Path | None = None,
         activation_checkpointing: Recomputed = False,
         activation_checkpointing_options: Mapping[str, Any] | None = None,
         process_group_backend: str | None = None,
@@ -123,6 +130,8 @@ class AccelStrategy(DDPStrategy):
             activation_checkpointing=activation_checkpointing,
             activation_checkpointing_options=activation_checkpointing_options,
             param_init_fn=param_init_fn,
+            offload=offload,
+            offload_dir=offload_dir,
         )
         self.engine = None
         self._failed = False

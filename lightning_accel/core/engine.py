@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import atexit
 import contextlib
+import os
 import sys
 import weakref
 from collections.abc import Callable, Iterator, MutableMapping
@@ -34,6 +35,7 @@ from lightning_accel.core.collectives import Collectives
 from lightning_accel.core.materialise import InitFn, Materialiser, has_meta
 from lightning_accel.core.memory import keep_freed_memory
 from lightning_accel.core.mesh import Mesh, ranks_of_node
+from lightning_accel.core.offload import Offload, OffloadKind
 from lightning_accel.core.optimizer import EngineOptimizer
 from lightning_accel.core.partition import Units, find_blocks
 from lightning_accel.core.placement import Rest, Row, find_row
@@ -68,10 +70,14 @@ class Engine:
         param_init_fn: Sets the values of a module on the meta device, in place. It is called with each part of it that
             has parameters or buffers of its own; by default their ``reset_parameters`` is. See core/materialise.py.
         device: Where a module on the meta device is to live; the CPU if not given.
+        offload: ``"optimizer"``: optimizer state is kept in host memory and the step runs there. ``"parameters"``: this
+            rank's part of the parameters as well.
+        offload_dir: A folder for files that optimizer state is kept in, instead of memory.
 
     Raises:
         ValueError: If the row or a unit does not exist, the ranks' models differ, ``shard_size`` does not divide the
-            number of ranks, or there is no way to set the values of what is on the meta device.
+            number of ranks, there is no way to set the values of what is on the meta device, or the row or the folder
+            does not allow the offload.
         RuntimeError: If torch.distributed is not initialised.
 
     Example::
@@ -97,12 +103,16 @@ class Engine:
         shard_size: int | None = None,
         param_init_fn: InitFn | None = None,
         device: torch.device | None = None,
+        offload: OffloadKind | None = None,
+        offload_dir: str | os.PathLike[str] | None = None,
     ) -> None:
         if not bucket_cap_mb > 0:
             raise ValueError(f"Expected bucket_cap_mb to be positive, got {bucket_cap_mb}.")
         self.row = row if isinstance(row, Row) else find_row(row)
         if shard_size is not None and not self.row.hybrid:
             raise ValueError(f"Expected shard_size for hybrid rows only, got {shard_size} for row {self.row.name!r}.")
+        self.offload = Offload.of(offload, offload_dir, self.row)
+        """What is kept away from the device."""
         self.module = module
         for former in {id(e): e for e in (_engine_of(p) for p in module.parameters()) if e is not None}.values():
             former.close()  # as when a cell of a notebook is run again
@@ -126,7 +136,9 @@ class Engine:
         self.optimizers: list[EngineOptimizer] = []
         self._structure = Structure(module)
         self._pool = BufferPool()
-        self._roster = Roster(self.row, self.blocks, int(bucket_cap_mb * 2**20), self.mesh, self._pool)
+        cap_bytes = int(bucket_cap_mb * 2**20)
+        on_host = self.offload.parameters
+        self._roster = Roster(self.row, self.blocks, cap_bytes, self.mesh, self._pool, on_host=on_host)
         self._residency = Residency(module, self.blocks, self.row, self.mesh.shard, self.before_forward)
         if materialiser is not None:
             self._roster.rebuild(self.names, [], materialiser.run)

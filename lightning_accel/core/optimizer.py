@@ -80,6 +80,7 @@ class EngineOptimizer:
         self.sharded = engine.row.optimizer_state is Rest.SHARDED
         self.whole = type(optimizer) not in _ELEMENTWISE
         self.segments: list[Segment] = []
+        self._offload = engine.offload
         self._units: list[Unit] = []
         self._require_supported()
         self._require_owned(optimizer.param_groups)
@@ -101,6 +102,13 @@ class EngineOptimizer:
         """Whether the optimizer simply runs on the module's parameters."""
         return self.whole and not self.sharded
 
+    @property
+    def _is_unknown(self) -> bool:
+        """Whether nothing is known about how the optimizer works: it may count its steps, say."""
+        kind = type(self.optimizer)
+        by_tensor = kind.__name__ in _BY_TENSOR and kind.__module__.startswith("torch.optim")
+        return self.whole and not by_tensor
+
     def parameters(self) -> Iterator[nn.Parameter]:
         """All parameters of all groups."""
         for members in self._members:
@@ -116,6 +124,11 @@ class EngineOptimizer:
         kind = type(self.optimizer)
         if isinstance(self.optimizer, torch.optim.SparseAdam):
             raise ValueError("Expected an optimizer for dense gradients, got SparseAdam. Use Adam.")
+        if self._offload.optimizer and self.direct:
+            raise ValueError(
+                f"Expected an elementwise optimizer for offload with row {self.engine.row.name!r}, got"
+                f" {type(self.optimizer).__name__}. Use a row that shards optimizer state, such as accel_zero2."
+            )
         if not (self.whole and self.sharded):
             return
         if isinstance(self.optimizer, torch.optim.LBFGS):
@@ -123,7 +136,7 @@ class EngineOptimizer:
                 "Expected an optimizer that can update parameters independently of each other, got LBFGS, which needs"
                 " all of them at once. Use strategy='accel_ddp'."
             )
-        if kind.__name__ not in _BY_TENSOR or not kind.__module__.startswith("torch.optim"):
+        if self._is_unknown:
             warnings.warn(
                 f"{kind.__name__} is not known to lightning_accel: each rank updates its share of whole parameters."
                 " That is right if the update of a parameter depends on that parameter alone. If it treats each element"
@@ -269,16 +282,20 @@ class EngineOptimizer:
                 continue
             pieces = unit.layout.pieces(*unit.part)
             if self.whole:
-                added = [Segment(unit, [p], groups[unit.parameters[p.slot]], whole=True) for p in pieces]
+                added = [
+                    Segment(unit, [p], groups[unit.parameters[p.slot]], whole=True, on_host=self._offload.optimizer)
+                    for p in pieces
+                ]
             else:
-                added = Segment.runs(unit, [(groups[unit.parameters[piece.slot]], piece) for piece in pieces])
+                labelled = [(groups[unit.parameters[piece.slot]], piece) for piece in pieces]
+                added = Segment.runs(unit, labelled, on_host=self._offload.optimizer)
             state = {p: self.waiting_state.pop(p) for p in unit.parameters if p in self.waiting_state}
             self.segments += optimizer_state.scatter(self, state, added)
 
     def release(self) -> None:
         """Free the parameters' memory that segments view. State stays."""
         for segment in self.segments:
-            segment.tensor.data = segment.tensor.new_empty(0)
+            segment.release()
 
     # -------------------------------------------------------------------- step
 
@@ -301,9 +318,18 @@ class EngineOptimizer:
         self.engine.before_update()
         # What users hang on the end of a step wants the module's parameters, on every rank.
         hooks, self.optimizer._optimizer_step_post_hooks = self.optimizer._optimizer_step_post_hooks, OrderedDict()
+        before = self.optimizer._optimizer_step_pre_hooks
         try:
-            self._run(active, **kwargs)
+            if self._offload.optimizer and not self._is_unknown:
+                for segment in active:  # see [Note: where a step runs]
+                    self._run([segment], **kwargs)
+                    self.optimizer._optimizer_step_pre_hooks = OrderedDict()  # once a step
+                    self.keep_state([segment])
+            if not active or not self._offload.optimizer or self._is_unknown:
+                self._run(active, **kwargs)
+                self.keep_state(active)
         finally:
+            self.optimizer._optimizer_step_pre_hooks = before
             self.optimizer._optimizer_step_post_hooks = hooks
         self.engine.after_step(self)
         for hook in hooks.values():
@@ -348,11 +374,15 @@ class EngineOptimizer:
         """Run the user's step on segments."""
         groups = self.optimizer.param_groups
         shown = [group["params"] for group in groups]
+        # On the CPU torch's fused kernels take one pass over memory where others take many.
+        unfused = [group for group in groups if self._offload.optimizer and _may_be_fused(group)]
         try:
             for index, group in enumerate(groups):
                 group["params"] = [segment.tensor for segment in active if segment.group == index]
+            for group in unfused:
+                group["fused"] = True
             for segment in active:
-                segment.tensor.grad = segment.gradient()
+                segment.bring()
             # A group that has nothing here must not reach an optimizer that takes groups to be non-empty.
             self.optimizer.param_groups = [group for group in groups if group["params"]]
             if active:
@@ -363,8 +393,20 @@ class EngineOptimizer:
             self.optimizer.param_groups = groups
             for group, parameters in zip(groups, shown, strict=True):
                 group["params"] = parameters
+            for group in unfused:
+                group["fused"] = None
             for segment in active:
-                segment.tensor.grad = None
+                segment.put_back()
+
+    def keep_state(self, segments: Sequence[Segment]) -> None:
+        """Have the state of segments where it is to be kept."""
+        if self._offload.folder is None:
+            return
+        for segment in segments:
+            values = self.optimizer.state.get(segment.tensor, {})
+            for key, value in values.items():
+                if isinstance(value, Tensor):
+                    values[key] = self._offload.keep(value)
 
     def gradients(self) -> list[Tensor]:
         """This rank's reduced gradients as few 1-D tensors.
@@ -445,3 +487,8 @@ class EngineOptimizer:
         placed = {parameter for unit in self._units for parameter in unit.parameters}
         self.waiting_state = {p: dict(values) for p, values in state.items() if p not in placed}
         self.segments = optimizer_state.scatter(self, state, self.segments)
+
+
+def _may_be_fused(group: dict[str, Any]) -> bool:
+    others = ("foreach", "differentiable", "capturable")
+    return group.get("fused", False) is None and not any(group.get(name) for name in others)

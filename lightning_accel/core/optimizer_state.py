@@ -61,7 +61,7 @@ def gather(optimizer: EngineOptimizer) -> dict[nn.Parameter, dict[str, Any]] | N
                 else:
                     value = torch.empty(shape, dtype=dtype, device=unit.flat.device)
                 if optimizer.sharded:
-                    value = value.contiguous()
+                    value = value.to(unit.flat.device).contiguous()
                     collectives.broadcast(value, source)
                 if keeps:
                     _assemble(full, unit, entry, key, value.cpu() if optimizer.sharded else value)
@@ -132,6 +132,7 @@ def scatter(
             optimizer.optimizer.state[segment.tensor] = {
                 key: _cut(segment, key, [v[key] for v in values if v is not None], group) for key in values[0]
             }
+            optimizer.keep_state([segment])
     return cut
 
 

@@ -22,6 +22,7 @@ from lightning_accel.core.absent import arrive, depart
 from lightning_accel.core.collectives import Collectives, Pending, Published
 from lightning_accel.core.layout import Layout
 from lightning_accel.core.memory import zeros
+from lightning_accel.core.offload import host_memory
 from lightning_accel.core.placement import Rest, Row
 
 
@@ -59,6 +60,7 @@ class ParameterMemory:
         row: Whether they rest sharded.
         collectives: Gathers them.
         gauge: Told about memory of parameters that rest sharded.
+        on_host: Keep this rank's part of parameters that rest sharded in host memory.
 
     """
 
@@ -70,7 +72,9 @@ class ParameterMemory:
         row: Row,
         collectives: Collectives,
         gauge: Gauge,
+        on_host: bool = False,
     ) -> None:
+        self._on_host = on_host
         self.parameters = list(parameters)
         self.names = list(names)
         self.layout = layout
@@ -97,8 +101,7 @@ class ParameterMemory:
             self.seal()
         elif self.is_sharded:
             # Before any buffer that comes and goes, so that those use the same memory one after the other.
-            start, stop = self.part
-            self.mine = torch.empty(stop - start, dtype=parameters[0].dtype, device=collectives.device)
+            self.mine = self._new_part()
 
     def open(self) -> None:
         """Give the parameters their places in the buffer, and those that have values keep them there."""
@@ -128,9 +131,16 @@ class ParameterMemory:
             self.mine = part
             return
         if not hasattr(self, "mine"):
-            self.mine = torch.empty_like(part)
+            self.mine = self._new_part()
         self.mine.copy_(part)
         self.free()
+
+    def _new_part(self) -> Tensor:
+        start, stop = self.part
+        dtype, device = self.parameters[0].dtype, self._collectives.device
+        if self._on_host and device.type != "cpu":
+            return host_memory(stop - start, dtype)
+        return torch.empty(stop - start, dtype=dtype, device=device)
 
     @property
     def part(self) -> tuple[int, int]:

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 from torch import Tensor
 
 from lightning_accel.core.collectives import nbytes
+from lightning_accel.core.offload import is_in_file
 
 if TYPE_CHECKING:
     from lightning_accel.core.engine import Engine
@@ -27,7 +28,7 @@ class Report:
     """How many ranks divide the model state: all but for hybrid rows."""
     at_rest: dict[str, int]
     """Bytes kept between steps: ``parameters``, ``gradients``, ``optimizer_state`` (of trainable parameters, padding
-    included), ``frozen_parameters``, ``buffers``."""
+    included), ``frozen_parameters``, ``buffers``; with ``offload_dir`` ``optimizer_state_in_files``, not in memory."""
     padding: dict[str, int]
     """Of those, bytes that belong to no parameter: ``parameters``, ``gradients``."""
     transient: int
@@ -99,6 +100,7 @@ def measure(engine: Engine, counts: StepCounts, transient: int, gathered: int) -
     gradients = [unit.grad if unit.grad is not None else unit.rest for unit in engine.units]
     ours = {p for unit in engine.units for p in unit.parameters}
     state = [value for o in engine.optimizers for values in o.optimizer.state.values() for value in _tensors(values)]
+    in_files = _bytes([value for value in state if is_in_file(value)])
     return Report(
         row=engine.row.name,
         rank=engine.collectives.rank,
@@ -107,7 +109,8 @@ def measure(engine: Engine, counts: StepCounts, transient: int, gathered: int) -
         at_rest={
             "parameters": _bytes([unit.memory.resting for unit in trained]),
             "gradients": _bytes([g for g in gradients if g is not None]),
-            "optimizer_state": _bytes(state),
+            "optimizer_state": _bytes([value for value in state if not is_in_file(value)]),
+            **({"optimizer_state_in_files": in_files} if in_files else {}),
             "frozen_parameters": _bytes([p for p in module.parameters() if p not in ours]) + _bytes(frozen),
             "buffers": _bytes(list(module.buffers())),
         },

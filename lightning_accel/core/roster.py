@@ -32,10 +32,21 @@ class Roster:
         cap_bytes: Size up to which small units are joined.
         mesh: The ranks.
         pool: Lends gradient buffers.
+        on_host: Keep this rank's part of parameters that rest sharded in host memory.
 
     """
 
-    def __init__(self, row: Row, blocks: dict[str, nn.Module], cap_bytes: int, mesh: Mesh, pool: BufferPool) -> None:
+    def __init__(
+        self,
+        row: Row,
+        blocks: dict[str, nn.Module],
+        cap_bytes: int,
+        mesh: Mesh,
+        pool: BufferPool,
+        *,
+        on_host: bool = False,
+    ) -> None:
+        self._on_host = on_host
         self._row = row
         self._blocks = blocks
         self._cap_bytes = cap_bytes
@@ -149,7 +160,18 @@ class Roster:
         parameters = [named.parameter for named in members]
         names = [named.name for named in members]
         block = None if group.block is None else self._blocks[group.block]
-        return Unit(group.name, parameters, names, layout, self._row, self._mesh, self._pool, self.gauge, block)
+        return Unit(
+            group.name,
+            parameters,
+            names,
+            layout,
+            self._row,
+            self._mesh,
+            self._pool,
+            self.gauge,
+            block,
+            on_host=self._on_host,
+        )
 
     def _dissolve(self, unit: Unit) -> None:
         """Take a unit apart that belongs to no optimizer. Gradients that it has are kept."""

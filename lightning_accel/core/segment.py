@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from lightning_accel.core.layout import Piece
+from lightning_accel.core.offload import host_memory, is_on_host
 from lightning_accel.core.unit import Unit
 
 
@@ -20,26 +21,52 @@ class Segment:
         pieces: Adjacent pieces, in buffer order.
         group: Index of the parameter group.
         whole: Give the tensor the parameter's shape: for optimizers that need whole tensors. One piece only.
+        on_host: Have the optimizer update a copy on the host, which is there while it steps only.
 
     """
 
-    def __init__(self, unit: Unit, pieces: Sequence[Piece], group: int, *, whole: bool = False) -> None:
+    def __init__(
+        self, unit: Unit, pieces: Sequence[Piece], group: int, *, whole: bool = False, on_host: bool = False
+    ) -> None:
         self.unit = unit
         self.pieces = list(pieces)
         self.group = group
         self.whole = whole
         self.start = self.pieces[0].start
         self.stop = self.pieces[-1].stop
-        self.tensor = unit.memory.own(self.start, self.stop)
+        self.on_host = on_host
+        self._values = unit.memory.own(self.start, self.stop)
         if whole:
             assert len(self.pieces) == 1
             position = self.pieces[0].slot
-            self.tensor = self.tensor.as_strided(unit.parameters[position].shape, unit.memory.strides[position])
+            self._values = self._values.as_strided(unit.parameters[position].shape, unit.memory.strides[position])
+        self.tensor = torch.empty(0, dtype=self._values.dtype) if self._is_copied else self._values
+        """What the optimizer updates, and what its state is keyed by."""
 
-    def gradient(self) -> Tensor:
-        """The reduced gradient, shaped as the tensor."""
+    @property
+    def _is_copied(self) -> bool:
+        return self.on_host and not is_on_host(self._values)
+
+    def bring(self) -> None:
+        """Have the values and the reduced gradient where the optimizer updates them."""
         gradient = self.unit.local_gradient(self.start, self.stop)
-        return gradient.as_strided(self.tensor.shape, self.tensor.stride()) if self.whole else gradient
+        if self.whole:
+            gradient = gradient.as_strided(self._values.shape, self._values.stride())
+        if self._is_copied:
+            self.tensor.data = _to_host(self._values)
+        self.tensor.grad = _to_host(gradient) if self.on_host and not is_on_host(gradient) else gradient
+
+    def put_back(self) -> None:
+        """Have updated values where they rest."""
+        self.tensor.grad = None
+        if self._is_copied:
+            self._values.copy_(self.tensor)
+            self.tensor.data = self.tensor.new_empty(0)
+
+    def release(self) -> None:
+        """Leave the unit's memory alone from now on."""
+        self.tensor.data = self.tensor.new_empty(0)
+        self._values = self.tensor
 
     @staticmethod
     def ranges(labelled: Sequence[tuple[Hashable, Piece]]) -> list[tuple[int, int]]:
@@ -47,9 +74,9 @@ class Segment:
         return [(run[0].start, run[-1].stop) for _, run in _runs(labelled)]
 
     @classmethod
-    def runs(cls, unit: Unit, labelled: Sequence[tuple[int, Piece]]) -> list[Segment]:
+    def runs(cls, unit: Unit, labelled: Sequence[tuple[int, Piece]], *, on_host: bool = False) -> list[Segment]:
         """The longest possible segments of pieces that are labelled with their group."""
-        return [cls(unit, run, group) for group, run in _runs(labelled)]
+        return [cls(unit, run, group, on_host=on_host) for group, run in _runs(labelled)]
 
     def split(self, labels: Sequence[Hashable], state: MutableMapping[Tensor, Any]) -> list[Segment]:
         """Cut between pieces with different labels, and the optimizer's state with them.
@@ -63,7 +90,7 @@ class Segment:
         runs = _runs(list(zip(labels, self.pieces, strict=True)))
         if len(runs) <= 1:
             return [self]
-        parts = [Segment(self.unit, run, self.group) for _, run in runs]
+        parts = [Segment(self.unit, run, self.group, on_host=self.on_host) for _, run in runs]
         if self.tensor in state:
             whole = state.pop(self.tensor)
             for part in parts:
@@ -87,6 +114,11 @@ def _runs(labelled: Sequence[tuple[Any, Piece]]) -> list[tuple[Any, list[Piece]]
         else:
             runs.append((label, [piece]))
     return runs
+
+
+def _to_host(tensor: Tensor) -> Tensor:
+    copy = host_memory(tensor.numel(), tensor.dtype)
+    return copy.as_strided(tensor.shape, tensor.stride()).copy_(tensor)
 
 
 def _copy(value: Any) -> Any:

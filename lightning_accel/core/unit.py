@@ -77,6 +77,7 @@ class Unit:
         pool: Lends gradient buffers to rows that keep none.
         gauge: Told about memory of gathered parameters.
         block: The module that all of the parameters belong to; None if that is just the whole model.
+        on_host: Keep this rank's part of parameters that rest sharded in host memory.
 
     """
 
@@ -91,6 +92,7 @@ class Unit:
         pool: BufferPool,
         gauge: Gauge,
         block: nn.Module | None = None,
+        on_host: bool = False,
     ) -> None:
         self.name = name
         self.layout = layout
@@ -113,7 +115,7 @@ class Unit:
         self._inside = False  # see [Note: one copy's sum]
         self.writes = 0
 
-        self.memory = ParameterMemory(self.parameters, self.names, layout, row, mesh.shard, gauge)
+        self.memory = ParameterMemory(self.parameters, self.names, layout, row, mesh.shard, gauge, on_host)
         self.grad: Tensor | None = None
         self._borrowed: Tensor | None = None
         self._grad_views: list[Tensor] = []

@@ -126,6 +126,109 @@ def test_fabric_loop_equals_a_single_process(ranks4: Ranks, settings: dict[str, 
             assert operations["all_reduce"] == blocks + others
 
 
+# ---------------------------------------------------------------------- offload
+
+
+@pytest.mark.parametrize("name", ["hybrid", "partial, local accumulation"])
+def test_fit_with_state_in_files(ranks4: Ranks, name: str, tmp_path: Path) -> None:
+    arguments = {"max_epochs": 10, "accumulate_grad_batches": 3, "gradient_clip_val": 0.3}
+    expected = fit(None, **arguments)
+    settings = {
+        **SETTINGS[name],
+        "offload": "parameters",
+        "offload_dir": str(tmp_path),
+        "activation_checkpointing": True,
+    }
+    for result in ranks4.run(fit, settings, **arguments):
+        assert_close(result, expected)
+
+
+# ---------------------------------------------------------------------- starting on the meta device
+
+
+class Layers(nn.Sequential):
+    def __init__(self) -> None:
+        super().__init__(nn.Linear(5, 8), *[nn.Linear(8, 8) for _ in range(3)], nn.Linear(8, 3))
+
+
+class Late(Regression):
+    """Makes its model when it is asked to."""
+
+    def __init__(self, empty: bool) -> None:
+        super().__init__()
+        self.net = None
+        self.empty = empty
+
+    def configure_model(self) -> None:
+        if self.net is None:
+            with torch.device("meta" if self.empty else "cpu"):
+                self.net = Layers().double()
+
+
+def fit_late(strategy: str, how: str) -> tuple[dict[str, Tensor], bool]:
+    rank = dist.get_rank() if dist.is_initialized() else 0
+    made = alone(max_epochs=3) if strategy == "auto" else trainer(f"accel_{strategy}", max_epochs=3)
+    torch.manual_seed(11 + rank)  # rank 0's numbers are what counts
+    torch.set_default_dtype(torch.float64)
+    try:
+        if how == "init_module":
+            module = Regression()
+            with made.init_module(empty_init=strategy != "auto"):
+                module.net = Layers()
+        else:
+            module = Late(empty=strategy != "auto")
+        on_meta = module.net is not None and all(p.is_meta for p in module.net.parameters())
+        made.fit(module, loader())
+    finally:
+        torch.set_default_dtype(torch.float32)
+    return values(module), on_meta
+
+
+@pytest.mark.parametrize("how", ["init_module", "configure_model"])
+@pytest.mark.parametrize("row", ["ddp", "zero2", "fsdp", "fsdp_partial"])
+def test_fit_of_a_model_on_the_meta_device(ranks2: Ranks, row: str, how: str) -> None:
+    expected, _ = fit_late("auto", how)
+    for result, on_meta in ranks2.run(fit_late, row, how):
+        assert_close(result, expected)
+        assert on_meta == (how == "init_module")
+
+
+def evaluate_on_meta(row: str) -> dict[str, Tensor]:
+    torch.manual_seed(11)
+    module = Late(empty=True)
+    trainer(f"accel_{row}").validate(module, loader(), verbose=False)
+    return values(module)
+
+
+@pytest.mark.parametrize("row", ["ddp", "fsdp"])
+def test_evaluation_of_a_model_on_the_meta_device(ranks2: Ranks, row: str) -> None:
+    one, other = ranks2.run(evaluate_on_meta, row)
+    assert_close(one, other, tolerance=0)
+    assert all(value.isfinite().all() for value in one.values())
+
+
+def ones(part: nn.Module) -> None:
+    for parameter in part.parameters(recurse=False):
+        nn.init.constant_(parameter, 0.5)
+
+
+def fabric_on_meta(row: str) -> dict[str, Tensor]:
+    kind = fabric.AccelDDPStrategy if row == "ddp" else fabric.AccelFSDPStrategy
+    made = Fabric(accelerator="cpu", devices=2, strategy=kind(param_init_fn=ones))
+    made.launch()
+    with made.init_module(empty_init=True):
+        net = Layers()
+    assert all(parameter.is_meta for parameter in net.parameters())
+    made.setup_module(net)
+    return values(net)
+
+
+@pytest.mark.parametrize("row", ["ddp", "fsdp"])
+def test_fabric_with_a_model_on_the_meta_device_and_an_init_function(ranks2: Ranks, row: str) -> None:
+    for result in ranks2.run(fabric_on_meta, row):
+        assert {element for value in result.values() for element in value.flatten().tolist()} == {0.5}
+
+
 @pytest.mark.parametrize("kind", [AccelFSDPStrategy, fabric.AccelFSDPStrategy], ids=["trainer", "fabric"])
 def test_mistakes_are_refused_at_once(kind: Any) -> None:
     with pytest.raises(ValueError, match="Expected sharding to be one of 'full', 'partial', 'hybrid', got 'half'"):
