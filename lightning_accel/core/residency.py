@@ -83,6 +83,7 @@ class Residency:
         self._calls: list[_Call] = []  # of blocks that are in forward just now, the innermost last
         self._backwards = 0
         self._open: Counter[nn.Module] = Counter()  # calls whose backward has begun and not ended
+        self._held: Counter[Unit] = Counter()  # by those who are in ``everything``; their forwards free nothing
         self._hooks: list[Any] = []
         if self.is_active:
             for block in blocks.values():
@@ -213,7 +214,8 @@ class Residency:
     def before_update(self) -> None:
         """Call before this rank's parts are changed: nobody reads them any more."""
         if self.is_active:
-            self._free(self._all())
+            for unit in self._all():  # held or not: the whole values are the old ones from now on
+                unit.memory.free()
             self._collectives.fence().wait()
 
     def after_update(self) -> None:
@@ -238,9 +240,11 @@ class Residency:
             unit.memory.fetch()
         for unit in units:
             unit.memory.wait()
+        self._held.update(units)
         try:
             yield
         finally:
+            self._held.subtract(units)
             if writeback and self.is_active:
                 self._collectives.fence().wait()
                 for unit in units:
@@ -280,10 +284,10 @@ class Residency:
             for unit in self._units.get(order[place + 1], ()):
                 unit.memory.fetch()
 
-    @staticmethod
-    def _free(units: Iterable[Unit]) -> None:
+    def _free(self, units: Iterable[Unit]) -> None:
         for unit in units:
-            unit.memory.free()
+            if not self._held[unit]:
+                unit.memory.free()
 
 
 def _output_arrived(residency: weakref.ref[Residency], call: _Call, _: Tensor) -> None:
