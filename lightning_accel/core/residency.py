@@ -70,6 +70,7 @@ class Residency:
         prepare: Callable[[], None],
     ) -> None:
         self._prepare = prepare
+        self._module = module
         self._row = row
         self._collectives = collectives
         self.is_active = row.parameters is Rest.SHARDED and collectives.ranks > 1
@@ -91,7 +92,7 @@ class Residency:
                 self._hooks.append(block.register_forward_hook(self._leave))
             # Registered later, so run earlier: a root that is a block itself must find the rest there.
             self._hooks.append(module.register_forward_pre_hook(self._enter_module, prepend=True))
-            self._hooks.append(module.register_forward_hook(lambda *_: self._leave_root(), always_call=True))
+            self._hooks.append(module.register_forward_hook(self._leave_module, always_call=True))
 
     def attach(self, units: Sequence[Unit]) -> None:
         """Take over the units of a new layout; all of them are away."""
@@ -106,6 +107,10 @@ class Residency:
         self._hooks.clear()
         self._units = {}
 
+    def __deepcopy__(self, memo: Any) -> Residency:
+        """A copy of the module takes the hooks along; for other modules than these they do nothing."""
+        return self
+
     # ----------------------------------------------------------------- forward
 
     @contextmanager
@@ -117,10 +122,16 @@ class Residency:
         finally:
             self._leave_root()
 
-    def _enter_module(self, *_: Any) -> None:
+    def _enter_module(self, module: nn.Module, *_: Any) -> None:
+        if module is not self._module:
+            return
         if self._depth == 0:
             self._prepare()
         self._enter_root()
+
+    def _leave_module(self, module: nn.Module, *_: Any) -> None:
+        if module is self._module:
+            self._leave_root()
 
     @torch.compiler.disable  # type: ignore[untyped-decorator]
     def _enter_root(self) -> None:
@@ -141,6 +152,8 @@ class Residency:
 
     @torch.compiler.disable  # type: ignore[untyped-decorator]
     def _enter(self, block: nn.Module, args: Any, kwargs: Any) -> None:
+        if block not in self._units:
+            return
         self._bring(block)
         if not self.in_backward:
             self._running.append(block)
@@ -156,6 +169,8 @@ class Residency:
 
     @torch.compiler.disable  # type: ignore[untyped-decorator]
     def _leave(self, block: nn.Module, args: Any, output: Any) -> None:
+        if block not in self._units:
+            return
         call = self._calls.pop()
         while call.block is not block:  # one that was left by an exception, as early-stopping recomputation does
             call = self._calls.pop()
