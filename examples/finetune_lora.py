@@ -134,10 +134,10 @@ def main() -> None:
     add_machine_arguments(parser, StrategyRegistry.available_strategies(), "runs/finetune_lora")
     parser.set_defaults(strategy="accel_fsdp")
     group = parser.add_argument_group("training")
-    group.add_argument("--max-steps", type=positive, default=80, help="optimizer steps")
+    group.add_argument("--max-steps", type=positive, default=140, help="optimizer steps")
     group.add_argument("--batch-size", type=positive, default=16, help="pairs per rank, each other's wrong answers")
     group.add_argument("--rank", type=positive, default=8, help="inner size of the adapters")
-    group.add_argument("--lr", type=not_negative, default=1e-3, help="peak learning rate")
+    group.add_argument("--lr", type=not_negative, default=2e-3, help="peak learning rate")
     group.add_argument("--held-out", type=positive, default=400, help="pairs to validate with, at most")
     args = parser.parse_args()
 

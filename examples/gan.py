@@ -185,7 +185,8 @@ class Recorder(L.Callback):
         """Write ``samples.png``: 8 x 8 images of each kind."""
         figure = Figure(figsize=(9, 3.4), layout="constrained")
         for axes, (title, images) in zip(figure.subplots(1, 3), self.drawn.items(), strict=True):
-            grid = images[:64].reshape(8, 8, 8, 8).transpose(0, 2, 1, 3).reshape(64, 64)
+            framed = np.pad(images[:64].reshape(64, 8, 8), ((0, 0), (1, 1), (1, 1)))
+            grid = framed.reshape(8, 8, 10, 10).transpose(0, 2, 1, 3).reshape(80, 80)
             axes.imshow(grid, cmap="gray_r", vmin=0, vmax=1)
             axes.set_title(title)
             axes.set_axis_off()
