@@ -76,8 +76,8 @@ class Retriever(L.LightningModule):
         first = torch.tensor([int((numbers == number).nonzero()[0]) for number in numbers.unique()])
         scores = calls[first] @ summaries[first].T
         places = (scores > scores.diagonal().unsqueeze(1)).sum(1) + 1  # 1: the right summary is the nearest
-        self.log("found_first", (places == 1).float().mean(), prog_bar=True)
-        self.log("reciprocal_rank", (1 / places).mean())
+        self.log("found_first", (places == 1).float().mean(), prog_bar=True, sync_dist=True)
+        self.log("reciprocal_rank", (1 / places).mean(), sync_dist=True)
 
     def configure_optimizers(self) -> OptimizerLRScheduler:
         trained = [parameter for parameter in self.parameters() if parameter.requires_grad]
