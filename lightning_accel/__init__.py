@@ -5,6 +5,9 @@ Importing this package registers the ``accel_*`` strategies with Lightning's Tra
 
 from importlib.util import find_spec
 
+from lightning_accel.core import engine_of
+
+__all__ = ["engine_of"]
 __version__ = "0.1.0"
 
 # The engine itself needs torch alone.

@@ -6,6 +6,7 @@ from typing import Any
 
 from typing_extensions import override
 
+from lightning_accel.core.placement import find_row
 from lightning_accel.strategies.trainer import AccelStrategy
 
 
@@ -21,7 +22,7 @@ class AccelDDPStrategy(AccelStrategy):
     strategy_name = "accel_ddp"
 
     def __init__(self, **kwargs: Any) -> None:
-        super().__init__("ddp", **kwargs)
+        super().__init__(find_row("ddp"), **kwargs)
 
     @classmethod
     @override

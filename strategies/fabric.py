@@ -7,6 +7,7 @@ import sys
 import weakref
 from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager, ExitStack, nullcontext
+from dataclasses import replace
 from datetime import timedelta
 from pathlib import Path
 from typing import Any, Literal
@@ -23,12 +24,13 @@ from torch.optim import Optimizer
 from typing_extensions import override
 
 from lightning_accel.core import Engine, Rest
+from lightning_accel.core.materialise import InitFn
 from lightning_accel.core.partition import Units
-from lightning_accel.core.placement import find_row
+from lightning_accel.core.placement import Row, find_row
 from lightning_accel.plugins.precision import engine_optimizer, require_no_scaler
 from lightning_accel.strategies.compact import compact, keep
 from lightning_accel.strategies.fsdp import SHARDINGS, row_of_sharding
-from lightning_accel.strategies.options import EngineOptions, reject_unknown
+from lightning_accel.strategies.options import EngineOptions, reject_unknown, to_device
 from lightning_accel.strategies.trainer import START_METHODS
 from lightning_accel.strategies.zero import STAGES, row_of_stage
 
@@ -82,7 +84,7 @@ class AccelFabricStrategy(DDPStrategy):
     """Base of the Fabric strategies. It derives from Fabric's ``DDPStrategy`` for launching and process groups.
 
     Args:
-        row: Name of the placement row.
+        row: The placement row.
         accelerator: As for Fabric's strategies, likewise the next four.
         parallel_devices: The devices of this node.
         cluster_environment: Where ranks and addresses come from.
@@ -92,6 +94,9 @@ class AccelFabricStrategy(DDPStrategy):
             the model's repeated block class.
         bucket_cap_mb: Neighbouring units are joined up to this size, in MiB.
         compile: Compile each unit's module: True, or keyword arguments for ``torch.compile``.
+        param_init_fn: Sets, in place, the values of models that are made on the meta device (``configure_model``,
+            ``init_module(empty_init=True)``). It is called with each module that has parameters or buffers of its own;
+            by default its ``reset_parameters`` is.
         process_group_backend: ``"gloo"``, ``"nccl"``, …; by default what suits the device.
         timeout: Longest wait for a collective.
         start_method: How the ranks of this node are started: ``"popen"``, ``"spawn"`` or ``"fork"``.
@@ -101,7 +106,7 @@ class AccelFabricStrategy(DDPStrategy):
 
     def __init__(
         self,
-        row: str,
+        row: Row,
         accelerator: Accelerator | None = None,
         parallel_devices: list[torch.device] | None = None,
         cluster_environment: ClusterEnvironment | None = None,
@@ -110,6 +115,7 @@ class AccelFabricStrategy(DDPStrategy):
         units: Units | None = None,
         bucket_cap_mb: float = 25.0,
         compile: bool | Mapping[str, Any] = False,
+        param_init_fn: InitFn | None = None,
         process_group_backend: str | None = None,
         timeout: timedelta | None = default_pg_timeout,
         start_method: Literal["popen", "spawn", "fork"] = "popen",
@@ -128,8 +134,10 @@ class AccelFabricStrategy(DDPStrategy):
             timeout=timeout,
             start_method=start_method,
         )
-        self.row = find_row(row)
-        self._options = EngineOptions(units=units, bucket_cap_mb=bucket_cap_mb, compile=compile)
+        self.row = row
+        self._options = EngineOptions(
+            units=units, bucket_cap_mb=bucket_cap_mb, compile=compile, param_init_fn=param_init_fn
+        )
         self._backward_sync_control = _EngineSyncControl()
         self._engines: list[weakref.ref[Engine]] = []
 
@@ -153,11 +161,25 @@ class AccelFabricStrategy(DDPStrategy):
     # ------------------------------------------------------------------ set-up
 
     @override
+    def module_init_context(self, empty_init: bool | None = None) -> AbstractContextManager[Any]:
+        """Within it, modules are made on the device; with ``empty_init`` on the meta device, which takes no memory."""
+        if not empty_init:
+            return super().module_init_context(empty_init)
+        stack = ExitStack()
+        stack.enter_context(torch.device("meta"))
+        stack.enter_context(self.precision.module_init_context())
+        return stack
+
+    @override
+    def module_to_device(self, module: nn.Module) -> None:
+        to_device(module, self.root_device)
+
+    @override
     def setup_module(self, module: nn.Module) -> EngineModule:  # type: ignore[override]
         """Start an engine for a module. All ranks take part."""
         if self.row.gradients is Rest.SHARDED:
             require_no_scaler(self.precision, self.row.name)
-        engine = self._options.start(module, self.row.name)
+        engine = self._options.start(module, self.row, self.root_device)
         self._engines.append(weakref.ref(engine))
         return EngineModule(module, engine)
 
@@ -313,7 +335,7 @@ class AccelDDPStrategy(AccelFabricStrategy):
     """
 
     def __init__(self, **kwargs: Any) -> None:
-        super().__init__("ddp", **kwargs)
+        super().__init__(find_row("ddp"), **kwargs)
 
     @classmethod
     @override
@@ -344,14 +366,23 @@ class AccelFSDPStrategy(AccelFabricStrategy):
     """Fully sharded data parallel; see :class:`lightning_accel.strategies.AccelFSDPStrategy`.
 
     Args:
-        sharding: ``"full"`` or ``"partial"``.
+        sharding: ``"full"``, ``"partial"`` or ``"hybrid"``.
+        shard_size: For ``"hybrid"``: how many neighbouring ranks divide a copy of the state.
+        local_accumulation: Whether ``fabric.no_backward_sync`` keeps gradients whole on each rank.
         kwargs: See :class:`AccelFabricStrategy`.
 
     """
 
-    def __init__(self, sharding: str = "full", **kwargs: Any) -> None:
-        super().__init__(row_of_sharding(sharding), **kwargs)
+    def __init__(
+        self,
+        sharding: str = "full",
+        shard_size: int | None = None,
+        local_accumulation: bool = False,
+        **kwargs: Any,
+    ) -> None:
+        super().__init__(row_of_sharding(sharding, shard_size, local_accumulation), **kwargs)
         self.sharding = sharding
+        self._options = replace(self._options, shard_size=shard_size)
 
     @classmethod
     @override

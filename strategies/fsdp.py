@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 from typing_extensions import override
 
+from lightning_accel.core.placement import Rest, Row, find_row
 from lightning_accel.strategies.trainer import AccelStrategy
 
-SHARDINGS = {"full": "fsdp", "partial": "fsdp_partial"}
+SHARDINGS = {"full": "fsdp", "partial": "fsdp_partial", "hybrid": "fsdp_hybrid"}
 """The row of each kind of sharding."""
 
 
@@ -20,7 +22,14 @@ class AccelFSDPStrategy(AccelStrategy):
 
     Args:
         sharding: ``"full"``: each unit's parameters are freed after its forward, and gathered again for its backward.
-            ``"partial"``: they stay in between, which takes more memory and sends a third less.
+            ``"partial"``: they stay in between, which takes more memory and sends a third less. ``"hybrid"``: as
+            ``"full"`` among the ranks of one machine; each machine has a copy of the state, and gradients are averaged
+            over the machines once a step.
+        shard_size: For ``"hybrid"``: how many neighbouring ranks divide a copy, instead of those of one machine.
+        local_accumulation: While micro-batches accumulate, keep gradients whole on each rank and parameters gathered,
+            and send nothing until the last one. Takes memory for the whole model; by default every micro-batch's
+            gradients are reduce-scattered. (FSDP's ``no_sync``, which Trainer and Fabric enter by themselves:
+            ``accumulate_grad_batches``, ``fabric.no_backward_sync``.)
         kwargs: See :class:`~lightning_accel.strategies.trainer.AccelStrategy`: ``units``, ``bucket_cap_mb``,
             ``compile``, ``process_group_backend``, ``timeout``, ``start_method`` and Lightning's own.
 
@@ -28,9 +37,16 @@ class AccelFSDPStrategy(AccelStrategy):
 
     strategy_name = "accel_fsdp"
 
-    def __init__(self, sharding: str = "full", **kwargs: Any) -> None:
-        super().__init__(row_of_sharding(sharding), **kwargs)
+    def __init__(
+        self,
+        sharding: str = "full",
+        shard_size: int | None = None,
+        local_accumulation: bool = False,
+        **kwargs: Any,
+    ) -> None:
+        super().__init__(row_of_sharding(sharding, shard_size, local_accumulation), **kwargs)
         self.sharding = sharding
+        self._options = replace(self._options, shard_size=shard_size)
 
     @classmethod
     @override
@@ -38,13 +54,16 @@ class AccelFSDPStrategy(AccelStrategy):
         return {row: {"sharding": sharding} for sharding, row in SHARDINGS.items()}
 
 
-def row_of_sharding(sharding: str) -> str:
+def row_of_sharding(sharding: str, shard_size: int | None, local_accumulation: bool) -> Row:
     """The placement row of a kind of sharding.
 
     Raises:
-        ValueError: If there is no such kind.
+        ValueError: If there is no such kind, or it takes no ``shard_size``.
 
     """
     if sharding not in SHARDINGS:
         raise ValueError(f"Expected sharding to be one of {', '.join(map(repr, SHARDINGS))}, got {sharding!r}.")
-    return SHARDINGS[sharding]
+    row = find_row(SHARDINGS[sharding])
+    if shard_size is not None and not row.hybrid:
+        raise ValueError(f"Expected shard_size with sharding='hybrid' only, got {shard_size} with {sharding!r}.")
+    return replace(row, accumulating=Rest.REPLICATED) if local_accumulation else row

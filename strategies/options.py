@@ -8,10 +8,13 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from torch import nn
+import torch
+from torch import Tensor, nn
 
 from lightning_accel.core import Engine
+from lightning_accel.core.materialise import InitFn
 from lightning_accel.core.partition import Units
+from lightning_accel.core.placement import Row
 
 _NOT_NEEDED = {
     "find_unused_parameters": "unused parameters are always found",
@@ -40,19 +43,40 @@ class EngineOptions:
     """Neighbouring units are joined up to this size, in MiB."""
     compile: bool | Mapping[str, Any] = False
     """Compile each unit's module: True, or keyword arguments for ``torch.compile``."""
+    shard_size: int | None = None
+    """For hybrid rows: how many neighbouring ranks divide a copy of the model state."""
+    param_init_fn: InitFn | None = None
+    """Sets the values of parts of the model that are on the meta device."""
 
     def __post_init__(self) -> None:
         if not self.bucket_cap_mb > 0:
             raise ValueError(f"Expected bucket_cap_mb to be positive, got {self.bucket_cap_mb}.")
 
-    def start(self, module: nn.Module, row: str) -> Engine:
-        """An engine for a module on its device. All ranks take part."""
-        engine = Engine(module, row, units=self.units, bucket_cap_mb=self.bucket_cap_mb)
+    def start(self, module: nn.Module, row: Row, device: torch.device) -> Engine:
+        """An engine for a module on its device, or on the meta device. All ranks take part."""
+        engine = Engine(
+            module,
+            row,
+            units=self.units,
+            bucket_cap_mb=self.bucket_cap_mb,
+            shard_size=self.shard_size,
+            param_init_fn=self.param_init_fn,
+            device=device,
+        )
         if self.compile is not False:
             arguments = {} if self.compile is True else dict(self.compile)
             for block in engine.blocks.values():
                 block.compile(**arguments)
         return engine
+
+
+def to_device(module: nn.Module, device: torch.device) -> None:
+    """Move what has values; the rest is made on the device when the engine starts."""
+
+    def move(tensor: Tensor) -> Tensor:
+        return tensor if tensor.is_meta else tensor.to(device)
+
+    module._apply(move)
 
 
 def reject_unknown(strategy: type, unknown: Mapping[str, Any]) -> None:

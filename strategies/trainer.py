@@ -27,12 +27,14 @@ from typing_extensions import override
 
 from lightning_accel.core import Engine, Rest
 from lightning_accel.core.agreement import synchronise
+from lightning_accel.core.materialise import InitFn, has_meta
 from lightning_accel.core.partition import Units
-from lightning_accel.core.placement import find_row
+from lightning_accel.core.placement import Row
 from lightning_accel.plugins.precision import require_no_scaler, with_engine_clipping
+from lightning_accel.strategies.averaging import require_averaging_in_parts
 from lightning_accel.strategies.compact import compact, keep
 from lightning_accel.strategies.failure import end_children_at_exit, explain
-from lightning_accel.strategies.options import EngineOptions, reject_unknown
+from lightning_accel.strategies.options import EngineOptions, reject_unknown, to_device
 
 _GRACE_S = 10.0
 """Seconds that a rank which saves after an exception waits for the others to do the same."""
@@ -54,7 +56,7 @@ class AccelStrategy(DDPStrategy):
     ``sync_dist``, compiled modules).
 
     Args:
-        row: Name of the placement row.
+        row: The placement row.
         accelerator: As for Lightning's strategies, likewise the next four.
         parallel_devices: The devices of this node.
         cluster_environment: Where ranks and addresses come from.
@@ -64,6 +66,9 @@ class AccelStrategy(DDPStrategy):
             the model's repeated block class.
         bucket_cap_mb: Neighbouring units are joined up to this size, in MiB.
         compile: Compile each unit's module: True, or keyword arguments for ``torch.compile``.
+        param_init_fn: Sets, in place, the values of models that are made on the meta device (``configure_model``,
+            ``init_module(empty_init=True)``). It is called with each module that has parameters or buffers of its own;
+            by default its ``reset_parameters`` is.
         process_group_backend: ``"gloo"``, ``"nccl"``, …; by default what suits the device.
         timeout: Longest wait for a collective.
         start_method: How the ranks of this node are started: ``"popen"``, ``"spawn"`` or ``"fork"``.
@@ -76,7 +81,7 @@ class AccelStrategy(DDPStrategy):
 
     def __init__(
         self,
-        row: str,
+        row: Row,
         accelerator: pl.accelerators.Accelerator | None = None,
         parallel_devices: list[torch.device] | None = None,
         cluster_environment: ClusterEnvironment | None = None,
@@ -85,6 +90,7 @@ class AccelStrategy(DDPStrategy):
         units: Units | None = None,
         bucket_cap_mb: float = 25.0,
         compile: bool | Mapping[str, Any] = False,
+        param_init_fn: InitFn | None = None,
         process_group_backend: str | None = None,
         timeout: timedelta | None = default_pg_timeout,
         start_method: Literal["popen", "spawn", "fork"] = "popen",
@@ -103,8 +109,10 @@ class AccelStrategy(DDPStrategy):
             timeout=timeout,
             start_method=start_method,
         )
-        self.row = find_row(row)
-        self._options = EngineOptions(units=units, bucket_cap_mb=bucket_cap_mb, compile=compile)
+        self.row = row
+        self._options = EngineOptions(
+            units=units, bucket_cap_mb=bucket_cap_mb, compile=compile, param_init_fn=param_init_fn
+        )
         self.engine = None
         self._failed = False
 
@@ -141,6 +149,22 @@ class AccelStrategy(DDPStrategy):
 
     # ------------------------------------------------------------------ set-up
 
+    @contextmanager
+    @override
+    def tensor_init_context(self, empty_init: bool | None = None) -> Iterator[None]:
+        """Within it, tensors are made on the device; with ``empty_init`` on the meta device, which takes no memory."""
+        if empty_init:
+            with torch.device("meta"), self.precision_plugin.tensor_init_context():
+                yield
+        else:
+            with super().tensor_init_context(empty_init):
+                yield
+
+    @override
+    def model_to_device(self) -> None:
+        assert self.model is not None
+        to_device(self.model, self.root_device)
+
     @override
     def setup(self, trainer: pl.Trainer) -> None:
         assert self.accelerator is not None
@@ -160,14 +184,15 @@ class AccelStrategy(DDPStrategy):
         if fitting:
             if self.row.gradients is Rest.SHARDED:
                 require_no_scaler(self.precision_plugin, self.row.name)
-            self.engine = self._options.start(self.model, self.row.name)
+            self.engine = self._options.start(self.model, self.row, self.root_device)
             self.setup_optimizers(trainer)
             for optimizer in map(_unwrap, self.optimizers):
                 if not isinstance(optimizer, _MockOptimizer):
                     self.engine.add_optimizer(optimizer)
             self.engine.build()
-        elif self.row.parameters is Rest.SHARDED:
-            self.engine = self._options.start(self.model, self.row.name)
+            require_averaging_in_parts(trainer.callbacks, self.engine)  # type: ignore[attr-defined]
+        elif self.row.parameters is Rest.SHARDED or has_meta(self.model):
+            self.engine = self._options.start(self.model, self.row, self.root_device)
             self.engine.build()
         else:
             synchronise(self.model)

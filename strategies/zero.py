@@ -6,6 +6,7 @@ from typing import Any
 
 from typing_extensions import override
 
+from lightning_accel.core.placement import Row, find_row
 from lightning_accel.strategies.trainer import AccelStrategy
 
 STAGES = {1: "zero1", 2: "zero2", 3: "zero3"}
@@ -38,7 +39,7 @@ class AccelZeROStrategy(AccelStrategy):
         return {row: {"stage": stage} for stage, row in STAGES.items()}
 
 
-def row_of_stage(stage: int) -> str:
+def row_of_stage(stage: int) -> Row:
     """The placement row of a ZeRO stage.
 
     Raises:
@@ -47,4 +48,4 @@ def row_of_stage(stage: int) -> str:
     """
     if stage not in STAGES:
         raise ValueError(f"Expected stage to be one of {', '.join(map(str, STAGES))}, got {stage!r}.")
-    return STAGES[stage]
+    return find_row(STAGES[stage])

@@ -44,12 +44,17 @@ def run(tmp_path: Path, *parts: str, launcher: tuple[str, ...] = ()) -> str:
 
 
 def test_every_block_is_run_here():
-    assert len(BLOCKS) == 5
+    assert len(BLOCKS) == 6
 
 
 def test_the_trainer_and_the_report(tmp_path):
-    printed = run(tmp_path, block("L.Trainer("), block("class Report"), FIT)
+    printed = run(tmp_path, block('L.Trainer(strategy="accel_zero2"'), block("class Report"), FIT)
     assert "accel_zero2, rank 0 of 2" in printed
+
+
+def test_averages(tmp_path):
+    printed = run(tmp_path, block("EMAWeightAveraging("), FIT, "print('count:', average.state_dict())")
+    assert "count: {'latest_update_step': 32}" in printed
 
 
 def test_fabric(tmp_path):

@@ -127,8 +127,8 @@ def _have(parameters: Sequence[AbsentParameter], doing: str) -> None:
             raise RuntimeError(
                 f"Expected the values of {absence.name!r} to be needed within forward only, got {doing} while they"
                 " rest sharded over the ranks. Call the module that was set up (not a part of it), or wrap the access,"
-                " on every rank, in `with engine.full_parameters():` (trainer.strategy.engine, or the `engine` of what"
-                " fabric.setup returned)."
+                " on every rank, in `with engine.full_parameters():` (the engine is trainer.strategy.engine, or"
+                " lightning_accel.engine_of(model))."
             )
         absence.wait()
 

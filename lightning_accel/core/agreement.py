@@ -20,9 +20,13 @@ def describe(module: nn.Module) -> list[str]:
     """One line for each parameter and buffer: all that must be the same on every rank."""
     lines = [
         f"parameter {name!r}: shape {tuple(p.shape)}, {p.dtype}, {'trainable' if p.requires_grad else 'frozen'}"
+        + ", without values" * p.is_meta
         for name, p in module.named_parameters(remove_duplicate=False)
     ]
-    lines += [f"buffer {name!r}: shape {tuple(b.shape)}, {b.dtype}" for name, b in module.named_buffers()]
+    lines += [
+        f"buffer {name!r}: shape {tuple(b.shape)}, {b.dtype}" + ", without values" * b.is_meta
+        for name, b in module.named_buffers()
+    ]
     return lines
 
 
@@ -56,8 +60,8 @@ def require_same(lines: Sequence[str], collectives: Collectives, what: str) -> N
     raise AssertionError("digests differ, descriptions do not")
 
 
-def require_materialised(module: nn.Module) -> None:
-    """Raise if a parameter or buffer has no values yet.
+def require_shapes(module: nn.Module) -> None:
+    """Raise if a parameter has no shape yet.
 
     Raises:
         ValueError: Names the parameters.
@@ -68,14 +72,6 @@ def require_materialised(module: nn.Module) -> None:
         raise ValueError(
             f"Expected initialised parameters, but {', '.join(lazy)} are lazy and have no shape yet. Run one batch"
             " through the model before it is set up."
-        )
-    tensors = [*module.named_parameters(), *module.named_buffers()]
-    meta = [name for name, tensor in tensors if tensor.device.type == "meta"]
-    if meta:
-        shown = ", ".join(meta[:5]) + (", …" if len(meta) > 5 else "")
-        raise ValueError(
-            f"Expected parameters with values, but {shown} are on the meta device. Materialise the model first:"
-            " module.to_empty(device=...) and initialise its weights."
         )
 
 
@@ -120,21 +116,29 @@ class BufferVersions:
         return [buffer for buffer in found if buffer is not None]
 
 
-def synchronise(module: nn.Module, group: dist.ProcessGroup | None = None) -> Collectives:
+def synchronise(
+    module: nn.Module, group: dist.ProcessGroup | None = None, device: torch.device | None = None
+) -> Collectives:
     """Give every rank rank 0's parameters and buffers. All ranks take part.
+
+    Args:
+        module: The model. What is on the meta device stays there.
+        group: The ranks.
+        device: Where the model is to be, if no parameter tells.
 
     Returns:
         The collectives that suit the module's device.
 
     Raises:
-        ValueError: If the ranks' models differ or have no values yet.
+        ValueError: If the ranks' models differ, or have parameters without a shape.
 
     """
-    require_materialised(module)
-    first = next(module.parameters(), torch.zeros(()))
-    collectives = connect(first.device, group)
+    require_shapes(module)
+    tensors = [*module.parameters(), *module.buffers()]
+    there = next((tensor.device for tensor in tensors if not tensor.is_meta), device or torch.device("cpu"))
+    collectives = connect(there, group)
     require_same(describe(module), collectives, "model")
-    broadcast_tensors([*module.parameters(), *module.buffers()], collectives)
+    broadcast_tensors([tensor for tensor in tensors if not tensor.is_meta], collectives)
     return collectives
 
 

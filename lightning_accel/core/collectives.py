@@ -70,6 +70,8 @@ class Pending:
         """Whether waiting for the phase that is under way would not block."""
         return all(work.is_completed() for work in self._works)
 
+    is_completed = is_ready  # one may be made of others
+
     def advance(self) -> None:
         """Let an operation of several phases enter the next; others have none."""
 
@@ -145,6 +147,10 @@ class Collectives(ABC):
     @abstractmethod
     def all_reduce(self, buffer: Tensor, layout: Layout) -> Pending:
         """Replace ``buffer`` by the sum over ranks: bit for bit the same on every rank."""
+
+    def all_reduce_after(self, first: Pending, buffer: Tensor, layout: Layout) -> Pending:
+        """As ``all_reduce``, of what is in ``buffer`` when an operation that is under way has ended."""
+        return TwoPhase(first, lambda: self.all_reduce(buffer, layout))
 
     def publish(self, parts: Sequence[Tensor]) -> list[Published]:
         """Make known this rank's parts of buffers that will be fetched. All ranks publish theirs together.
@@ -348,22 +354,27 @@ class TwoPhase(Pending):
 
     @override
     def advance(self) -> None:
-        """Wait for the first half and start the second."""
+        """Wait for the first half and start the second; or let that enter its own next phase."""
         if self._first is not None:
             self._first.wait()
             self._first = None
             self._started = self._second()
+        elif self._started is not None:
+            self._started.advance()
 
     @override
     def wait(self) -> None:
         """Wait for both halves."""
-        self.advance()
+        if self._first is not None:
+            self.advance()
         assert self._started is not None
         self._started.wait()
 
 
 class TorchCollectives(Collectives):
     """torch.distributed's own collectives: NCCL and every other back end."""
+
+    _stream: torch.Stream | None = None
 
     @override
     def reduce_scatter(self, buffer: Tensor, layout: Layout, out: Tensor) -> Pending:
@@ -406,6 +417,17 @@ class TorchCollectives(Collectives):
         self.traffic.add("all_reduce", sent_reducing(buffer, layout, self.rank))
         return Pending([dist.all_reduce(_real(buffer), group=self.group, async_op=True)])
 
+    @override
+    def all_reduce_after(self, first: Pending, buffer: Tensor, layout: Layout) -> Pending:
+        if self.device.type == "cpu":
+            return super().all_reduce_after(first, buffer, layout)
+        # A stream of its own waits for the first: neither the host does, nor what computes meanwhile.
+        if self._stream is None:
+            self._stream = torch.Stream(self.device)
+        with self._stream:
+            first.wait()
+            return self.all_reduce(buffer, layout)
+
 
 # The ``*_tensor`` names are deprecated from torch 2.13 on, the ``*_single`` names do not exist before.
 _reduce_scatter_single: Callable[..., Any] = getattr(dist, "reduce_scatter_single", None) or dist.reduce_scatter_tensor
@@ -440,6 +462,14 @@ def connect(device: torch.device, group: dist.ProcessGroup | None = None) -> Col
     ranks = dist.get_process_group_ranks(group) if group is not None else None
     control = dist.new_group(ranks, backend="gloo", timeout=timedelta(minutes=30))
     return TorchCollectives(device, group, control)
+
+
+def timeout_of(group: dist.ProcessGroup | None, device: torch.device) -> timedelta:
+    """How long a process group waits for its ranks."""
+    backend = (group or dist.group.WORLD)._get_backend(device)  # type: ignore[union-attr]
+    options = getattr(backend, "options", None)
+    timeout: timedelta = getattr(options, "_timeout", dist.default_pg_timeout)
+    return timeout
 
 
 def nbytes(tensor: Tensor) -> int:

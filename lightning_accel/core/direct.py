@@ -120,13 +120,15 @@ class DirectCollectives(GlooCollectives):
     def all_reduce(self, buffer: Tensor, layout: Layout) -> Pending:
         self.traffic.add("all_reduce", sent_reducing(buffer, layout, self.rank))
 
+        return self._start("all_reduce", lambda: self._reduce(buffer, layout))
+
+    @override
+    def all_reduce_after(self, first: Pending, buffer: Tensor, layout: Layout) -> Pending:
+        self.traffic.add("all_reduce", sent_reducing(buffer, layout, self.rank))
+
         def carry_out() -> None:
-            addresses = self._neighbours.meet(buffer.data_ptr())
-            self._add_up(buffer, layout, buffer[slice(*layout.part(self.rank))], addresses)
-            # When a rank has added up its part it has read that part of all buffers: it may be overwritten.
-            self._neighbours.meet(_DONE)
-            self._copy(buffer, layout, addresses)
-            self._neighbours.meet(_DONE)
+            first.wait()
+            self._reduce(buffer, layout)
 
         return self._start("all_reduce", carry_out)
 
@@ -186,6 +188,14 @@ class DirectCollectives(GlooCollectives):
     @override
     def close(self) -> None:
         self._finalizer()
+
+    def _reduce(self, buffer: Tensor, layout: Layout) -> None:
+        addresses = self._neighbours.meet(buffer.data_ptr())
+        self._add_up(buffer, layout, buffer[slice(*layout.part(self.rank))], addresses)
+        # When a rank has added up its part it has read that part of all buffers: it may be overwritten.
+        self._neighbours.meet(_DONE)
+        self._copy(buffer, layout, addresses)
+        self._neighbours.meet(_DONE)
 
     def _add_up(self, buffer: Tensor, layout: Layout, out: Tensor, addresses: dict[int, int]) -> None:
         start, stop = layout.part(self.rank)

@@ -8,25 +8,7 @@ One training step of a row, with units u2, u1, u0 in launch order (the order in 
     step       the user's optimizer on this rank's segments               (core/optimizer.py)
     gather     u0, u1, u2 start; nobody waits                             (rows whose optimizer state rests sharded)
 
-[Note: fixed order]
-All ranks launch the same reductions in one order: reverse registration order at first, then the order in which rank 0
-completed units in its first reducing backward. A unit that is ready early waits for its turn. One that is not ready at
-the end of backward (unused parameters, or fewer gradients than last time) is launched then, with zeros for what this
-rank does not contribute. No rank waits in the middle of backward for what another may send at its end only: the other
-may never get there, because it waits for this one in a collective of the model's own (synchronised BatchNorm). Only
-gloo's messages between machines have to be waited for, as they do not tell when they have arrived. Units in which
-nothing requires a gradient (another optimizer is toggled on) are left out; the ranks check that they agree on which, by
-a message that is under way during backward and looked at before anything is waited for.
-
-[Note: unused parameters]
-A parameter that no rank used keeps ``grad is None``: the optimizer does not touch it, weight decay and momentum
-included, as on a single device. A parameter that some rank used gets the mean over all ranks. The flags are one small
-message on the host at the end of each reducing backward.
-
-[Note: late gradients]
-Readiness is a count of gradient arrivals: reentrant checkpointing delivers a parameter's gradient in several parts. How
-many to expect is learned from the last backward. One that arrives after its unit was launched is kept aside, and the
-ranks agree on one more reduction for that unit.
+What happens within backward is in core/reduction.py.
 """
 
 from __future__ import annotations
@@ -46,27 +28,25 @@ from torch.optim import Optimizer
 from torch.utils.weak import WeakIdKeyDictionary
 
 from lightning_accel.core.absent import arrive, depart
-from lightning_accel.core.agreement import BufferVersions, broadcast_tensors, synchronise
+from lightning_accel.core.agreement import BufferVersions, synchronise
 from lightning_accel.core.clipping import clip_grad_norm, clip_grad_value, grad_norm
-from lightning_accel.core.collectives import Agreement, Collectives
+from lightning_accel.core.collectives import Collectives
+from lightning_accel.core.materialise import InitFn, Materialiser, has_meta
 from lightning_accel.core.memory import keep_freed_memory
+from lightning_accel.core.mesh import Mesh, ranks_of_node
 from lightning_accel.core.optimizer import EngineOptimizer
 from lightning_accel.core.partition import Units, find_blocks
 from lightning_accel.core.placement import Rest, Row, find_row
 from lightning_accel.core.pool import BufferPool
+from lightning_accel.core.reduction import Reduction
 from lightning_accel.core.report import Report, StepCounts, measure
 from lightning_accel.core.residency import Residency
 from lightning_accel.core.roster import Roster
 from lightning_accel.core.structure import Structure, is_compiled
 from lightning_accel.core.unit import Unit
 
-_IN_FLIGHT = 2
-"""Reductions under way at once in rows that borrow gradient buffers, to bound that memory: one more unit's launch waits
-for the oldest, which has had the backward of two units to complete."""
 _LINGER_S = 20.0
 """How long a rank that exits waits for others that may still fetch its part of the parameters."""
-_PATIENCE_S = 1.0
-"""How long, at most and once in a backward: a rank that takes longer may itself be waiting for this one."""
 
 _engines: MutableMapping[nn.Parameter, weakref.ref[Engine]] = WeakIdKeyDictionary()
 """The engine of each parameter."""
@@ -78,14 +58,20 @@ class Engine:
     Args:
         module: The model, on its device, with the same structure on every rank. Its parameters stay the same objects;
             their memory becomes the engine's, and rank 0's values are what all ranks train.
-        row: The placement row, or its name (``"ddp"``, ``"zero1"``, ``"zero2"``).
+        row: The placement row, or its name (``"ddp"``, ``"zero2"``, ``"fsdp"``, …).
         units: Names or classes of modules whose parameters are reduced and gathered together. Default: the members of
             the model's repeated block class.
         bucket_cap_mb: Neighbouring units are joined up to this size, in MiB.
         group: The process group; the default one if not given.
+        shard_size: For hybrid rows, how many neighbouring ranks divide a copy of the model state; by default those of
+            one machine.
+        param_init_fn: Sets the values of a module on the meta device, in place. It is called with each part of it that
+            has parameters or buffers of its own; by default their ``reset_parameters`` is. See core/materialise.py.
+        device: Where a module on the meta device is to live; the CPU if not given.
 
     Raises:
-        ValueError: If the row or a unit does not exist, a parameter has no values yet, or the ranks' models differ.
+        ValueError: If the row or a unit does not exist, the ranks' models differ, ``shard_size`` does not divide the
+            number of ranks, or there is no way to set the values of what is on the meta device.
         RuntimeError: If torch.distributed is not initialised.
 
     Example::
@@ -108,27 +94,42 @@ class Engine:
         units: Units | None = None,
         bucket_cap_mb: float = 25.0,
         group: dist.ProcessGroup | None = None,
+        shard_size: int | None = None,
+        param_init_fn: InitFn | None = None,
+        device: torch.device | None = None,
     ) -> None:
         if not bucket_cap_mb > 0:
             raise ValueError(f"Expected bucket_cap_mb to be positive, got {bucket_cap_mb}.")
         self.row = row if isinstance(row, Row) else find_row(row)
+        if shard_size is not None and not self.row.hybrid:
+            raise ValueError(f"Expected shard_size for hybrid rows only, got {shard_size} for row {self.row.name!r}.")
         self.module = module
         for former in {id(e): e for e in (_engine_of(p) for p in module.parameters()) if e is not None}.values():
             former.close()  # as when a cell of a notebook is run again
-        self.collectives: Collectives = synchronise(module, group)
+        self.collectives: Collectives = synchronise(module, group, device)
+        """All ranks."""
+        size = self.collectives.ranks
+        if self.row.hybrid:
+            size = ranks_of_node(self.collectives) if shard_size is None else shard_size
+        self.mesh = Mesh.connect(self.collectives, size)
+        """Which of them divide the model state."""
         if self.collectives.device.type == "cpu":
             keep_freed_memory()
         self.blocks = find_blocks(module, units)
         """The modules that form units, by name."""
 
+        materialiser = Materialiser(module, self.collectives, param_init_fn) if has_meta(module) else None
         self.is_compiled = False
         """Whether the module is called by compiled code that is not part of it."""
         self.optimizers: list[EngineOptimizer] = []
         self._structure = Structure(module)
-        self._buffers = BufferVersions(module)
         self._pool = BufferPool()
-        self._roster = Roster(self.row, self.blocks, int(bucket_cap_mb * 2**20), self.collectives, self._pool)
-        self._residency = Residency(module, self.blocks, self.row, self.collectives, self.before_forward)
+        self._roster = Roster(self.row, self.blocks, int(bucket_cap_mb * 2**20), self.mesh, self._pool)
+        self._residency = Residency(module, self.blocks, self.row, self.mesh.shard, self.before_forward)
+        if materialiser is not None:
+            self._roster.rebuild(self.names, [], materialiser.run)
+        self._buffers = BufferVersions(module)
+        self._reduction = Reduction(self.row, self._roster, self.collectives, self._buffers)
         self._gathers: dict[Unit, Callable[[], None]] = {}
         self._hooks: dict[nn.Parameter, Any] = {}
         self._counts = StepCounts()
@@ -137,13 +138,7 @@ class Engine:
         self._broken = False
         self._synchronise = True
         self._in_backward = False
-        self._reducing = False
-        self._active: list[Unit] = []  # what this backward reduces, in launch order
-        self._next = 0  # position in ``_active`` of the next launch
-        self._patient = True  # whether this backward still waits for other ranks before it borrows more memory
-        self._pattern: Agreement | None = None
-        self._in_flight: list[Unit] = []
-        self._completed: list[Unit] | None = []  # to learn the launch order from
+        self._watchers: list[weakref.WeakMethod[Callable[[], None]]] = []  # told of new layouts
         for parameter in module.parameters():
             _engines[parameter] = weakref.ref(self)
         # Whoever exits first must not leave its peers waiting for a message that was never sent.
@@ -217,7 +212,7 @@ class Engine:
             for optimizer in self.optimizers:
                 optimizer.lay_out()
         self._stale = False
-        self._completed = []
+        self._reduction.relearn()
         if self._residency.is_active:
             self._residency.attach(self.units)
         current = self._roster.places
@@ -228,6 +223,13 @@ class Engine:
                 self._hooks[parameter] = parameter.register_post_accumulate_grad_hook(  # type: ignore[no-untyped-call]
                     self._on_gradient
                 )
+        for watcher in self._watchers:
+            if (told := watcher()) is not None:
+                told()
+
+    def watch(self, watcher: Callable[[], None]) -> None:
+        """Have a bound method called after each new layout of the units, on all ranks. Its object is not kept alive."""
+        self._watchers.append(weakref.WeakMethod(watcher))
 
     def close(self, *, abandon: bool = False) -> None:
         """Finish what is under way and give the module its parameters' memory back. Optimizers can still save.
@@ -243,7 +245,7 @@ class Engine:
                 for parameter in unit.parameters:
                     arrive(parameter)
             self._gathers.clear()
-            self.collectives.close()  # the others are told at once
+            self.mesh.close()  # the others are told at once
         else:
             self._residency.before_update()  # others may read this rank's parts until here
         self.wait()
@@ -258,7 +260,7 @@ class Engine:
         for optimizer in self.optimizers:
             optimizer.release()
         self._pool.clear()
-        self.collectives.close()
+        self.mesh.close()
         self._closed = True
 
     @property
@@ -361,18 +363,11 @@ class Engine:
         for unit in self.units:
             unit.hide()
         self._in_backward = True
-        self._reducing = self._synchronise or self.row.accumulating is Rest.SHARDED
-        if self._reducing and self.units:
-            active = [any(p.requires_grad for p in unit.parameters) for unit in self.units]
-            self._active = [unit for unit, flag in zip(self.units, active, strict=True) if flag]
-            self._next = 0
-            self._patient = True
-            self._pattern = self.collectives.start_agreement(active)
+        self._reduction.begin(boundary=self._synchronise)
         try:
             with self._residency.backward():
                 yield
-            if self._reducing and self.units:
-                self._finish_reducing()
+            self._reduction.finish()
             for unit in self.units:
                 unit.learn()
                 unit.show()
@@ -384,12 +379,17 @@ class Engine:
 
     @contextmanager
     def no_sync(self) -> Iterator[None]:
-        """Within it, rows whose gradients accumulate on each rank send nothing; others reduce each backward anyway."""
-        before, self._synchronise = self._synchronise, False
+        """Within it, rows whose gradients accumulate on each rank send nothing; others reduce each backward anyway.
+
+        Hybrid rows sum over the ranks of one copy, and leave the sum over copies to the first backward outside of it.
+        Where gradients accumulate on each rank, parameters that rest sharded stay gathered.
+        """
+        before = self._synchronise, self._residency.holds
+        self._synchronise, self._residency.holds = False, self.row.accumulating is Rest.REPLICATED
         try:
             yield
         finally:
-            self._synchronise = before
+            self._synchronise, self._residency.holds = before
 
     @torch.no_grad()
     def _on_gradient(self, parameter: nn.Parameter) -> None:
@@ -407,73 +407,8 @@ class Engine:
                 f"Expected dense gradients, got one of layout {gradient.layout} for {unit.names[position]!r}. Build the"
                 " embedding with sparse=False."
             )
-        if unit.write(position, gradient) and self._reducing:
-            if self._completed is not None and unit not in self._completed:  # may be ready again, with more to come
-                self._completed.append(unit)
-            while self._next < len(self._active) and self._active[self._next].is_ready:
-                self._launch_next()
-
-    def _launch_next(self) -> None:
-        unit = self._active[self._next]
-        self._next += 1
-        self._check_pattern()
-        if self.row.accumulating is Rest.SHARDED and len(self._in_flight) >= _IN_FLIGHT and self._patient:
-            self._patient = self._in_flight[0].wait_briefly(_PATIENCE_S)
-            if self._patient:
-                self._in_flight.pop(0).finish()
-        for earlier in self._in_flight:
-            earlier.advance_if_ready()
-        unit.reduce()
-        self._in_flight.append(unit)
-
-    def _check_pattern(self) -> None:
-        """Raise if the ranks are about to reduce different units. See [Note: fixed order]."""
-        if self._pattern is None:
-            return
-        differing, self._pattern = self._pattern.differing(), None
-        if differing:
-            names = ", ".join(repr(self.units[index].name) for index in differing)
-            raise RuntimeError(
-                f"Expected the same parameters to require gradients on every rank, but the ranks differ in {names}."
-                " Set requires_grad, toggle optimizers and freeze layers in the same way on all ranks."
-            )
-
-    @torch.no_grad()
-    def _finish_reducing(self) -> None:
-        """Bring all reductions of this backward to their end and agree with the other ranks on what there is now."""
-        while self._next < len(self._active):
-            self._launch_next()
-        self._check_pattern()
-        flags = [flag for unit in self.units for flag in unit.contributes]
-        late = [unit.is_late for unit in self.units]
-        message = torch.tensor(flags + late + self._buffers.changed(), dtype=torch.uint8)
-        agreed = [bool(flag) for flag in self.collectives.agree(message).tolist()]
-        used: dict[Unit, list[bool]] = {}
-        for unit in self.units:
-            used[unit], agreed = agreed[: len(unit.parameters)], agreed[len(unit.parameters) :]
-        while self._in_flight:
-            for unit in self._in_flight:
-                unit.advance()
-            self._in_flight.pop(0).finish()
-        for unit in self._active:
-            unit.settle(used[unit])
-        late, changed = agreed[: len(self.units)], agreed[len(self.units) :]
-        for unit, is_late in zip(self.units, late, strict=True):
-            if is_late:
-                unit.reduce_late()
-        if any(changed):
-            broadcast_tensors(self._buffers.select(changed), self.collectives)
-            self._buffers.refresh()
-        if self._completed is not None and any(any(flags) for flags in used.values()):
-            self._learn_order(self._completed)
-            self._completed = None
-
-    def _learn_order(self, completed: list[Unit]) -> None:
-        """Launch in the order in which rank 0 completed units from now on. See [Note: fixed order]."""
-        position = {unit: index for index, unit in enumerate(self.units)}
-        order = self.collectives.gather_objects([position[unit] for unit in completed])[0]
-        order += [index for index in range(len(self.units)) if index not in order]
-        self._roster.units = [self.units[index] for index in order]
+        if unit.write(position, gradient):
+            self._reduction.ready(unit)
 
     # -------------------------------------------------------------------- step
 
@@ -505,8 +440,37 @@ class Engine:
                 self.wait()  # compiled code sees no classes, and would be compiled again if they differed
         self._counts.close_step(self)
 
+    @contextmanager
+    def changing(self) -> Iterator[None]:
+        """Within it, the parts of the parameters that this rank updates may be changed. For all ranks, together.
+
+        That is ``unit.memory.mine`` of each unit. The other ranks get the new values as after an optimizer step.
+
+        Raises:
+            RuntimeError: If this is within backward.
+
+        """
+        self._require_open()
+        if self._in_backward:
+            raise RuntimeError("Expected parameters to be changed between steps, got a change within backward.")
+        self.build()
+        self.wait()
+        self._residency.before_update()
+        with torch.no_grad():
+            yield
+        for unit in self.units:
+            with torch._C.DisableTorchFunctionSubclass():
+                torch.autograd.graph.increment_version(unit.parameters)
+        if self.row.parameters is Rest.SHARDED:
+            self._residency.after_update()
+        elif self.row.optimizer_state is Rest.SHARDED:
+            for unit in self.units:
+                self._gather(unit)
+            if self.is_compiled or is_compiled(self.module):
+                self.wait()
+
     def _gather(self, unit: Unit) -> None:
-        pending = self.collectives.all_gather(unit.flat, unit.layout)
+        pending = self.mesh.shard.all_gather(unit.flat, unit.layout)
 
         def wait() -> None:
             if unit not in self._gathers:
@@ -544,7 +508,7 @@ class Engine:
             float(norm_type),
             error_if_nonfinite,
             added.sharded,
-            self.collectives,
+            self.mesh.shard,
             added.norm_dtype,
         )
 
@@ -557,7 +521,7 @@ class Engine:
 
         """
         added = self.find_optimizer(optimizer)
-        return grad_norm(added.gradients(), float(norm_type), added.sharded, self.collectives, added.norm_dtype)
+        return grad_norm(added.gradients(), float(norm_type), added.sharded, self.mesh.shard, added.norm_dtype)
 
     def clip_grad_value_(self, optimizer: Optimizer, clip_value: float) -> None:
         """Clamp the gradients of an optimizer's parameters, as ``torch.nn.utils.clip_grad_value_``."""
@@ -584,6 +548,23 @@ class Engine:
         return measure(self, self._counts, self._pool.peak_bytes, self._roster.gauge.peak)
 
 
+def engine_of(module: nn.Module) -> Engine:
+    """The engine that trains a module: the model that was set up, what Fabric made of it, or any part of it.
+
+    Raises:
+        ValueError: If there is none, or it was closed.
+
+    """
+    for parameter in module.parameters():
+        engine = _engine_of(parameter)
+        if engine is not None:
+            return engine
+    raise ValueError(
+        f"Expected a module that an engine trains, got a {type(module).__name__} that none does (any more). Set it up"
+        " first: trainer.fit(...), fabric.setup(...) or Engine(module, ...)."
+    )
+
+
 def _engine_of(parameter: nn.Parameter) -> Engine | None:
     reference = _engines.get(parameter)
     engine = None if reference is None else reference()
@@ -597,4 +578,4 @@ def _wait_if_alive(reference: weakref.ref[Engine]) -> None:
         with contextlib.suppress(RuntimeError, ValueError):
             engine.wait()
             if engine._residency.is_active and not hasattr(sys, "last_value"):  # not after an exception of this rank's
-                engine.collectives.linger(_LINGER_S)
+                engine.mesh.shard.linger(_LINGER_S)

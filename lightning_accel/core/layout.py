@@ -108,6 +108,12 @@ def even_layout(shapes: Sequence[Sequence[int]], ranks: int) -> Layout:
     return Layout(tuple(slots), tuple(part * rank for rank in range(ranks + 1)))
 
 
+def even_cuts(numel: int, ranks: int) -> tuple[int, ...]:
+    """Offsets that divide ``numel`` elements into aligned parts of about the same size, with no padding."""
+    part = -(-numel // (ranks * ALIGNMENT)) * ALIGNMENT
+    return tuple(min(part * rank, numel) for rank in range(ranks + 1))
+
+
 def owned_layout(numels: Sequence[int], owners: Sequence[int], ranks: int) -> Layout:
     """Lay whole parameters end to end, those of rank 0 first.
 

@@ -17,10 +17,7 @@ import sys
 from collections.abc import Iterator, Sequence
 from datetime import timedelta
 
-import torch
-import torch.distributed as dist
-
-from lightning_accel.core.collectives import Collectives
+from lightning_accel.core.collectives import Collectives, timeout_of
 
 _NUMBER = struct.Struct("=Q")
 _CREDENTIALS = struct.Struct("=3i")  # process, user, group
@@ -75,7 +72,9 @@ class Neighbours:
             line.send(_NUMBER.pack(base.rank))
         for line in callers:
             lines[_NUMBER.unpack(line.recv(_NUMBER.size))[0]] = line
-        return Neighbours(lines, {rank: _process(line) for rank, line in lines.items()}, timeout_of(base.group))
+        return Neighbours(
+            lines, {rank: _process(line) for rank, line in lines.items()}, timeout_of(base.group, base.device)
+        )
 
     def meet(self, number: int) -> dict[int, int]:
         """Tell all others a number and wait for theirs, by rank.
@@ -133,11 +132,3 @@ def _process(line: socket.socket) -> int:
     credentials = line.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, _CREDENTIALS.size)
     pid: int = _CREDENTIALS.unpack(credentials)[0]
     return pid
-
-
-def timeout_of(group: dist.ProcessGroup | None) -> timedelta:
-    """How long a process group waits for its ranks."""
-    backend = (group or dist.group.WORLD)._get_backend(torch.device("cpu"))  # type: ignore[union-attr]
-    options = getattr(backend, "options", None)
-    timeout: timedelta = getattr(options, "_timeout", dist.default_pg_timeout)
-    return timeout

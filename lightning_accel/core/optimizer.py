@@ -184,7 +184,7 @@ class EngineOptimizer:
     def _require_reduced(self) -> None:
         for unit in self._units:
             for position, content in enumerate(unit.content):
-                if content is Content.LOCAL:
+                if content is Content.LOCAL or (content is Content.REDUCED and unit.is_inside):
                     raise RuntimeError(
                         f"Expected reduced gradients, but that of {unit.names[position]!r} was accumulated without"
                         " synchronisation (no_sync) only. Run the last backward before optimizer.step() or clipping"
@@ -230,7 +230,7 @@ class EngineOptimizer:
             parameters = list(self.parameters())
             if self.sharded:
                 mine = full and [full.get(parameter) for parameter in parameters]
-                everyone = self.engine.collectives.gather_objects(mine)
+                everyone = self.engine.mesh.shard.gather_objects(mine)
                 full = {p: values for p, values in zip(parameters, everyone[0], strict=True) if values is not None}
             assert full is not None
             for key in [key for key in optimizer.state if isinstance(key, Tensor)]:

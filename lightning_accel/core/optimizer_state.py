@@ -44,7 +44,7 @@ def gather(optimizer: EngineOptimizer) -> dict[nn.Parameter, dict[str, Any]] | N
         ranks must call this together in the latter case.
 
     """
-    collectives = optimizer.engine.collectives
+    collectives = optimizer.engine.mesh.shard
     units = optimizer.engine.units_of(optimizer)
     state = optimizer.optimizer.state
     mine = [segment for segment in optimizer.segments if segment.tensor in state]

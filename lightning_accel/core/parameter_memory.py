@@ -82,25 +82,55 @@ class ParameterMemory:
         self._collectives = collectives
         self._gauge = gauge
         self._coming: Pending | None = None
-        first = self.parameters[0]
-        if self.is_sharded:
-            self.buffer = first.new_zeros(layout.total).detach()  # memory that can be freed and filled again
-        else:
-            self.buffer = zeros(layout.total, first.dtype, first.device)
-        self._bytes = self.buffer.untyped_storage().nbytes()
-        self.views = [self.view(self.buffer, position) for position in range(len(self.parameters))]
-        with torch.no_grad():
-            for view, parameter in zip(self.views, self.parameters, strict=True):
-                view.copy_(parameter)
-                parameter.data = view
-        start, stop = self.part
-        self.mine = self.buffer[start:stop].clone() if self.is_sharded else self.buffer[start:stop]
+        self.buffer: Tensor
+        """All parameters, end to end; it may have no memory just now."""
+        self.views: list[Tensor]
+        """The slots of the buffer, shaped as the parameters are."""
+        self.mine: Tensor
         """This rank's part: what its optimizer updates."""
         self.source: Published
         """The same, as the other ranks know it; set once it is published."""
+        self.is_open = False
+        """Whether there is a buffer. (Parameters without values get theirs later: see core/materialise.py.)"""
+        if not any(parameter.is_meta for parameter in self.parameters):
+            self.open()
+            self.seal()
+        elif self.is_sharded:
+            # Before any buffer that comes and goes, so that those use the same memory one after the other.
+            start, stop = self.part
+            self.mine = torch.empty(stop - start, dtype=parameters[0].dtype, device=collectives.device)
+
+    def open(self) -> None:
+        """Give the parameters their places in the buffer, and those that have values keep them there."""
+        assert not self.is_open
+        self.is_open = True
+        first, device = self.parameters[0], self._collectives.device
+        if self.is_sharded:  # memory that can be freed and filled again
+            self.buffer = torch.zeros(self.layout.total, dtype=first.dtype, device=device)
+        else:
+            self.buffer = zeros(self.layout.total, first.dtype, device)
+        self._bytes = self.buffer.untyped_storage().nbytes()
         if self.is_sharded:
-            gauge.change(self._bytes)
-            self.free()
+            self._gauge.change(self._bytes)
+        self.views = [self.view(self.buffer, position) for position in range(len(self.parameters))]
+        with torch.no_grad():
+            for view, parameter in zip(self.views, self.parameters, strict=True):
+                if parameter.is_meta:
+                    give_memory(parameter, view)
+                else:
+                    view.copy_(parameter)
+                    parameter.data = view
+
+    def seal(self) -> None:
+        """All parameters have their values: keep this rank's part where they rest sharded, and free the rest."""
+        part = self.buffer[slice(*self.part)]
+        if not self.is_sharded:
+            self.mine = part
+            return
+        if not hasattr(self, "mine"):
+            self.mine = torch.empty_like(part)
+        self.mine.copy_(part)
+        self.free()
 
     @property
     def part(self) -> tuple[int, int]:
@@ -166,7 +196,7 @@ class ParameterMemory:
             self.mine.copy_(self.buffer[slice(*self.part)])
 
     def release(self, *, abandon: bool) -> None:
-        """Give the parameters memory of their own again. All ranks take part where they rest sharded.
+        """Leave the parameters to the module, with all values. All ranks take part where they rest sharded.
 
         Args:
             abandon: Do not ask other ranks: parameters that rest sharded become NaN.
@@ -184,13 +214,21 @@ class ParameterMemory:
             return
         self.fetch()
         self.wait()
+        if self.is_sharded:  # the buffer is the module's now
+            self._gauge.change(-self._bytes)
+            return
         with torch.no_grad():
             for parameter, strides in zip(self.parameters, self.strides, strict=True):
                 parameter.data = torch.empty_strided(
                     parameter.shape, strides, dtype=parameter.dtype, device=parameter.device
                 ).copy_(parameter)
-        if self.is_sharded:
-            self._gauge.change(-self._bytes)
+
+
+def give_memory(tensor: Tensor, memory: Tensor) -> None:
+    """Move a parameter or buffer from the meta device to ``memory``. It stays the same object, wherever it is held."""
+    # What torch.utils.swap_tensors does, without its fear of weak references: they should follow the object, too.
+    torch._C._swap_tensor_impl(tensor, memory.new_empty(0).requires_grad_(tensor.requires_grad))
+    tensor.data = memory  # and not a view: it would share the version that autograd counts with all of the unit
 
 
 def _dense_strides(parameter: Tensor) -> tuple[int, ...]:

@@ -40,34 +40,41 @@ class Row:
     """Where gradients rest from the accumulation boundary until they are zeroed."""
     optimizer_state: Rest
     """Where optimizer state rests. When sharded, each rank updates its own part of the parameters."""
+    hybrid: bool = False
+    """Whether there are several copies of the state, each sharded over some of the ranks only. See core/mesh.py."""
 
     def __post_init__(self) -> None:
         assert (self.gradients is Rest.SHARDED) == (self.optimizer_state is Rest.SHARDED), "a shard updates a shard"
         assert self.parameters is Rest.SHARDED or self.computing is Rest.REPLICATED, "what rests replicated is there"
         assert self.parameters is Rest.REPLICATED or self.gradients is Rest.SHARDED, "only shards are updated"
         assert self.accumulating is Rest.REPLICATED or self.gradients is Rest.SHARDED, "a reduced shard stays a shard"
+        assert self.gradients is Rest.SHARDED or not self.hybrid, "copies are of shards"
 
-    def wire_bytes(self, parameter_bytes: int, ranks: int, backwards: int = 1) -> float:
+    def wire_bytes(self, parameter_bytes: int, ranks: int, backwards: int = 1, copies: int = 1) -> float:
         """Bytes that theory has one rank send in one optimizer step.
 
         Args:
             parameter_bytes: Size of all trainable parameters in the dtype they travel in.
-            ranks: Number of ranks that share the work.
+            ranks: Number of ranks that divide the model state.
             backwards: Micro-batches per optimizer step.
+            copies: How often the whole state is there.
 
         """
         part = parameter_bytes * (ranks - 1) / ranks
+        across = 2 * parameter_bytes / ranks * (copies - 1) / copies
         reductions = 1 if self.accumulating is Rest.REPLICATED else backwards
-        if self.parameters is Rest.SHARDED:
-            return part * backwards * (3 if self.computing is Rest.SHARDED else 2)
-        return part * (reductions + 1)  # the other one gathers: gradients (all-reduce) or updated parameters
+        if self.parameters is Rest.REPLICATED:
+            return part * (reductions + 1) + across  # the other gathers: gradients (all-reduce) or updated parameters
+        # Accumulating on each rank, parameters stay until the last backward.
+        gathers = (backwards if reductions == backwards else 1) * (2 if self.computing is Rest.SHARDED else 1)
+        return part * (reductions + gathers) + across
 
     def rest_bytes(self, parameter_bytes: int, ranks: int, states_per_parameter: int = 2) -> dict[str, float]:
         """Bytes that theory has one rank keep, by kind of state.
 
         Args:
             parameter_bytes: Size of all trainable parameters.
-            ranks: Number of ranks that share the work.
+            ranks: Number of ranks that divide the model state.
             states_per_parameter: Optimizer state values per parameter value (Adam: 2, SGD with momentum: 1).
 
         """
@@ -91,6 +98,15 @@ ROWS: dict[str, Row] = {
         Row(name="zero3", parameters=_S, computing=_S, accumulating=_S, gradients=_S, optimizer_state=_S),
         Row(name="fsdp", parameters=_S, computing=_S, accumulating=_S, gradients=_S, optimizer_state=_S),
         Row(name="fsdp_partial", parameters=_S, computing=_R, accumulating=_S, gradients=_S, optimizer_state=_S),
+        Row(
+            name="fsdp_hybrid",
+            parameters=_S,
+            computing=_S,
+            accumulating=_S,
+            gradients=_S,
+            optimizer_state=_S,
+            hybrid=True,
+        ),
     )
 }
 """The placement table, by name."""

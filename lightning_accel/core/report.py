@@ -23,6 +23,8 @@ class Report:
     """Name of the placement row."""
     rank: int
     world_size: int
+    shard_size: int
+    """How many ranks divide the model state: all but for hybrid rows."""
     at_rest: dict[str, int]
     """Bytes kept between steps: ``parameters``, ``gradients``, ``optimizer_state`` (of trainable parameters, padding
     included), ``frozen_parameters``, ``buffers``."""
@@ -46,7 +48,10 @@ class Report:
         return asdict(self)
 
     def __str__(self) -> str:
-        lines = [f"accel_{self.row}, rank {self.rank} of {self.world_size}, after {self.steps} optimizer steps"]
+        ranks = f"rank {self.rank} of {self.world_size}" + f" ({self.shard_size} divide a copy)" * (
+            self.shard_size < self.world_size
+        )
+        lines = [f"accel_{self.row}, {ranks}, after {self.steps} optimizer steps"]
         lines.append(f"  {'bytes at rest':<24}{'bytes':>16}{'':>12}")
         for kind, size in self.at_rest.items():
             pad = self.padding.get(kind, 0)
@@ -98,6 +103,7 @@ def measure(engine: Engine, counts: StepCounts, transient: int, gathered: int) -
         row=engine.row.name,
         rank=engine.collectives.rank,
         world_size=engine.collectives.ranks,
+        shard_size=engine.mesh.shard.ranks,
         at_rest={
             "parameters": _bytes([unit.memory.resting for unit in trained]),
             "gradients": _bytes([g for g in gradients if g is not None]),

@@ -78,6 +78,8 @@ class Residency:
         self._units: dict[nn.Module | None, list[Unit]] = {}
         self._depth = 0
         self.in_backward = False
+        self.holds = False
+        """Whether nothing is freed for now, because the next micro-batch needs it."""
         self._orders: dict[bool, list[nn.Module]] = {False: [], True: []}
         """The blocks in the order in which the last forward (False) and backward (True) needed them."""
         self._running: list[nn.Module] = []
@@ -148,7 +150,7 @@ class Residency:
             if self._running:
                 self._orders[False] = self._running
             if not torch.is_grad_enabled():
-                self._free(self._all())
+                self._let_go(self._all())
 
     @torch.compiler.disable  # type: ignore[untyped-decorator]
     def _enter(self, block: nn.Module, args: Any, kwargs: Any) -> None:
@@ -184,7 +186,7 @@ class Residency:
             if not outputs or self._row.computing is Rest.REPLICATED:
                 return  # see [Note: one block's backward]
         if not self.in_backward:  # see [Note: recomputation]
-            self._free(self._units.get(block, ()))
+            self._let_go(self._units.get(block, ()))
 
     # ---------------------------------------------------------------- backward
 
@@ -203,7 +205,7 @@ class Residency:
             if self._running:
                 self._orders[True] = self._running
             self._running = []
-        self._free(unit for unit in self._all() if unit.block is not None or self._depth == 0)
+        self._let_go(unit for unit in self._all() if unit.block is not None or self._depth == 0)
 
     def _backward_begins(self, call: _Call) -> None:
         if not self.in_backward:
@@ -222,7 +224,7 @@ class Residency:
         if call.begun == self._backwards and count == call.inputs:
             self._open[call.block] -= 1
             if not self._open[call.block] and self.in_backward:
-                self._free(self._units.get(call.block, ()))
+                self._let_go(self._units.get(call.block, ()))
 
     # -------------------------------------------------------------------- step
 
@@ -298,6 +300,10 @@ class Residency:
         if place < len(order) - 1 and order[place] is block:
             for unit in self._units.get(order[place + 1], ()):
                 unit.memory.fetch()
+
+    def _let_go(self, units: Iterable[Unit]) -> None:
+        if not self.holds:
+            self._free(units)
 
     def _free(self, units: Iterable[Unit]) -> None:
         for unit in units:

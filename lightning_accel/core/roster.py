@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
 
 from lightning_accel.core.agreement import require_same
-from lightning_accel.core.collectives import Collectives
-from lightning_accel.core.layout import balance, even_layout, owned_layout
+from lightning_accel.core.layout import Layout, balance, even_layout, owned_layout
+from lightning_accel.core.mesh import Mesh
 from lightning_accel.core.parameter_memory import Gauge
 from lightning_accel.core.partition import Group, NamedParameter, partition
 from lightning_accel.core.placement import Rest, Row
@@ -30,18 +30,16 @@ class Roster:
         row: The placement row.
         blocks: Modules whose parameters stay together, by name.
         cap_bytes: Size up to which small units are joined.
-        collectives: The ranks.
+        mesh: The ranks.
         pool: Lends gradient buffers.
 
     """
 
-    def __init__(
-        self, row: Row, blocks: dict[str, nn.Module], cap_bytes: int, collectives: Collectives, pool: BufferPool
-    ) -> None:
+    def __init__(self, row: Row, blocks: dict[str, nn.Module], cap_bytes: int, mesh: Mesh, pool: BufferPool) -> None:
         self._row = row
         self._blocks = blocks
         self._cap_bytes = cap_bytes
-        self._collectives = collectives
+        self._mesh = mesh
         self._pool = pool
         self.gauge = Gauge()
         self.units: list[Unit] = []
@@ -55,24 +53,33 @@ class Roster:
         self.frozen: list[nn.Parameter] = []
         """Parameters that required no gradient when units were laid out."""
 
-    def rebuild(self, names: Mapping[nn.Parameter, str], optimizers: Sequence[EngineOptimizer]) -> None:
+    def rebuild(
+        self,
+        names: Mapping[nn.Parameter, str],
+        optimizers: Sequence[EngineOptimizer],
+        initialise: Callable[[Sequence[Unit]], None] | None = None,
+    ) -> None:
         """Lay out all trainable parameters that are not in a unit of an optimizer. All ranks take part.
+
+        Units that no optimizer had are kept if they are as they should be, else taken apart as their parameters are
+        laid out anew: no more than a few units' parameters are whole at a time.
 
         Args:
             names: The module's parameters.
             optimizers: The optimizers so far.
+            initialise: Gives parameters of new units their values, if they have none yet.
 
         Raises:
             ValueError: If the ranks disagree about what is trainable.
 
         """
         holder = {parameter: optimizer for optimizer in optimizers for parameter in optimizer.parameters()}
-        for unit in [unit for unit in self.units if self.owner[unit] is None]:
-            self._dissolve(unit)
+        loose = {p: unit for unit in self.units if self.owner[unit] is None for p in unit.parameters}
         free = [
             NamedParameter(name, parameter)
             for parameter, name in names.items()
-            if parameter not in self.places and (parameter.requires_grad or self._row.parameters is Rest.SHARDED)
+            if (parameter in loose or parameter not in self.places)
+            and (parameter.requires_grad or self._row.parameters is Rest.SHARDED)
         ]
         number = {optimizer: index for index, optimizer in enumerate(optimizers)}
         lines = [
@@ -80,7 +87,7 @@ class Roster:
             + (", trainable" if named.parameter.requires_grad else ", frozen")
             for named in free
         ]
-        require_same(lines, self._collectives, "trainable parameters")
+        require_same(lines, self._mesh.world, "trainable parameters")
 
         groups: list[tuple[Group, EngineOptimizer | None, list[NamedParameter]]] = []
         join = self._row.parameters is Rest.REPLICATED  # what is joined must be gathered together
@@ -91,18 +98,30 @@ class Roster:
                 kinds.setdefault(key, []).append(named)
             groups += [(group, owner, kind) for (_, owner, _), kind in kinds.items()]
         owners = self._share_out(groups)
-        built = []
+        laid, built = [], []
         for group, owner, members in groups:
-            unit = self._make(group, members, owners)
+            layout = self._layout(members, owners)
+            unit = loose.get(members[0].parameter)
+            if unit is None or not _is_as(unit, layout, members):
+                for former in {loose[m.parameter]: None for m in members if m.parameter in loose}:
+                    self._dissolve(former)
+                    for parameter in former.parameters:
+                        del loose[parameter]
+                unit = self._make(group, members, layout)
+                built.append(unit)
             self.owner[unit] = owner
-            built.append(unit)
+            laid.append(unit)
+        for former in {unit: None for p, unit in loose.items() if self.owner[unit] is None and unit not in laid}:
+            self._dissolve(former)
+        if initialise is not None:
+            initialise(built)
         # Backward completes units from the last to the first.
-        self.units = [*reversed(built), *self.units]
+        self.units = [*reversed(laid), *(unit for unit in self.units if unit not in laid)]
         self.places = {p: (unit, i) for unit in self.units for i, p in enumerate(unit.parameters)}
         self.views = {p: unit.memory.views[i] for p, (unit, i) in self.places.items()}
         self.frozen = [parameter for parameter in names if not parameter.requires_grad]
         if built and built[0].memory.is_sharded:
-            published = self._collectives.publish([unit.memory.mine for unit in built])
+            published = self._mesh.shard.publish([unit.memory.mine for unit in built])
             for unit, source in zip(built, published, strict=True):
                 unit.memory.source = source
 
@@ -116,19 +135,21 @@ class Roster:
             if owner is not None and owner.whole and owner.sharded
             for named in members
         ]
-        ranks = balance([parameter.numel() for parameter in whole], self._collectives.ranks)
+        ranks = balance([parameter.numel() for parameter in whole], self._mesh.shard.ranks)
         return dict(zip(whole, ranks, strict=True))
 
-    def _make(self, group: Group, members: Sequence[NamedParameter], owners: Mapping[nn.Parameter, int]) -> Unit:
+    def _layout(self, members: Sequence[NamedParameter], owners: Mapping[nn.Parameter, int]) -> Layout:
         parameters = [named.parameter for named in members]
-        ranks = self._collectives.ranks
+        ranks = self._mesh.shard.ranks
         if parameters[0] in owners:
-            layout = owned_layout([p.numel() for p in parameters], [owners[p] for p in parameters], ranks)
-        else:
-            layout = even_layout([p.shape for p in parameters], ranks)
+            return owned_layout([p.numel() for p in parameters], [owners[p] for p in parameters], ranks)
+        return even_layout([p.shape for p in parameters], ranks)
+
+    def _make(self, group: Group, members: Sequence[NamedParameter], layout: Layout) -> Unit:
+        parameters = [named.parameter for named in members]
         names = [named.name for named in members]
         block = None if group.block is None else self._blocks[group.block]
-        return Unit(group.name, parameters, names, layout, self._row, self._collectives, self._pool, self.gauge, block)
+        return Unit(group.name, parameters, names, layout, self._row, self._mesh, self._pool, self.gauge, block)
 
     def _dissolve(self, unit: Unit) -> None:
         """Take a unit apart that belongs to no optimizer. Gradients that it has are kept."""
@@ -142,8 +163,17 @@ class Roster:
                 )
         gradients = [unit.full_gradient(position) for position in range(len(unit.parameters))]
         unit.release()
+        if unit.memory.is_sharded:
+            self._mesh.shard.fence().wait()  # others have read this rank's part: its memory may go
         for parameter, gradient in zip(unit.parameters, gradients, strict=True):
             parameter.grad = gradient
             del self.places[parameter]
+            del self.views[parameter]  # it keeps the memory of the whole unit
         self.units.remove(unit)
         del self.owner[unit]
+
+
+def _is_as(unit: Unit, layout: Layout, members: Sequence[NamedParameter]) -> bool:
+    """Whether a unit is laid out as one of ``members`` would be."""
+    wanted = [members[slot.index].parameter for slot in layout.slots]
+    return unit.layout == layout and all(a is b for a, b in zip(unit.parameters, wanted, strict=True))

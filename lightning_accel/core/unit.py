@@ -14,6 +14,10 @@ Autograd hands a leaf's gradient over without a copy when ``leaf.grad`` is None.
 backward, and each arriving gradient is written once: ``mul(out=)`` into its slot for the first contribution, ``add_``
 for the later ones. Both multiply by 1/N on the way, so that the sum over ranks is the mean, at no extra pass, and no
 buffer is ever zeroed as a whole.
+
+[Note: one copy's sum]
+With several copies of the state, the gradients of micro-batches are summed over the ranks of one copy only, and over
+the copies at the accumulation boundary: what travels between machines does so once a step.
 """
 
 from __future__ import annotations
@@ -26,9 +30,10 @@ from enum import Enum, auto
 import torch
 from torch import Tensor, nn
 
-from lightning_accel.core.collectives import Collectives, Pending
+from lightning_accel.core.collectives import Pending
 from lightning_accel.core.layout import Layout
 from lightning_accel.core.memory import zeros
+from lightning_accel.core.mesh import Mesh
 from lightning_accel.core.parameter_memory import Gauge, ParameterMemory
 from lightning_accel.core.placeholder import ShardedGradient
 from lightning_accel.core.placement import Rest, Row
@@ -68,7 +73,7 @@ class Unit:
         names: Their names in the module.
         layout: Where they lie and how the ranks divide them.
         row: Where gradients rest.
-        collectives: What sends and receives.
+        mesh: The ranks.
         pool: Lends gradient buffers to rows that keep none.
         gauge: Told about memory of gathered parameters.
         block: The module that all of the parameters belong to; None if that is just the whole model.
@@ -82,7 +87,7 @@ class Unit:
         names: Sequence[str],
         layout: Layout,
         row: Row,
-        collectives: Collectives,
+        mesh: Mesh,
         pool: BufferPool,
         gauge: Gauge,
         block: nn.Module | None = None,
@@ -93,9 +98,9 @@ class Unit:
         self.parameters = [parameters[slot.index] for slot in layout.slots]
         self.names = [names[slot.index] for slot in layout.slots]
         self._row = row
-        self._collectives = collectives
+        self._mesh = mesh
         self._pool = pool
-        self._scale = 1.0 / collectives.ranks
+        self._scale = 1.0 / mesh.world.ranks
         self.content = [Content.NONE] * len(self.parameters)
         self.phase = Phase.FILLING
         self.arrivals = [0] * len(self.parameters)
@@ -105,19 +110,15 @@ class Unit:
         self._late: dict[int, Tensor] = {}
         self._aside: Tensor | None = None  # reduced gradients kept while new ones are added up
         self._kept: set[int] = set()
+        self._inside = False  # see [Note: one copy's sum]
         self.writes = 0
 
-        self.memory = ParameterMemory(self.parameters, self.names, layout, row, collectives, gauge)
+        self.memory = ParameterMemory(self.parameters, self.names, layout, row, mesh.shard, gauge)
         self.grad: Tensor | None = None
         self._borrowed: Tensor | None = None
         self._grad_views: list[Tensor] = []
         self.rest: Tensor | None = None
-        sharded = row.gradients is Rest.SHARDED
-        self._placeholders: dict[int, ShardedGradient] = {
-            position: ShardedGradient(parameter, name, _zeroing(self, position))
-            for position, (parameter, name) in enumerate(zip(self.parameters, self.names, strict=True))
-            if sharded
-        }
+        self._placeholders: dict[int, ShardedGradient] = {}
 
     # ------------------------------------------------------------------ memory
 
@@ -195,6 +196,8 @@ class Unit:
         """Put a whole gradient to rest as if it had been reduced."""
         if value.layout is not torch.strided:
             raise ValueError(f"Expected a dense gradient of {self.names[position]!r}, got layout {value.layout}.")
+        if Content.REDUCED not in self.content:
+            self._inside = False
         self._open_buffers()
         assert self.rest is not None
         slot = self.layout.slots[position]
@@ -204,6 +207,8 @@ class Unit:
         begin, end = max(slot.start, start), min(slot.stop, stop)
         if begin < end:
             self.rest[begin - start : end - start].copy_(whole[begin - slot.start : end - slot.start])
+            if self._inside:
+                self.rest[begin - start : end - start].mul_(1.0 / self._mesh.copies)
         self._kept.discard(position)
         self.content[position] = Content.REDUCED
         if self._row.accumulating is Rest.SHARDED:
@@ -224,13 +229,19 @@ class Unit:
         for position, parameter in enumerate(self.parameters):
             content = self.content[position]
             if position in self._kept:  # some of it is here, some elsewhere
-                parameter.grad = self._placeholders[position]
+                parameter.grad = self._placeholder(position)
             elif content is Content.LOCAL or (content is Content.REDUCED and not sharded):
                 parameter.grad = self._grad_views[position]
             elif content is Content.REDUCED:
-                parameter.grad = self._placeholders[position]
+                parameter.grad = self._placeholder(position)
             else:
                 parameter.grad = None
+
+    def _placeholder(self, position: int) -> ShardedGradient:
+        if position not in self._placeholders:
+            parameter, name = self.parameters[position], self.names[position]
+            self._placeholders[position] = ShardedGradient(parameter, name, _zeroing(self, position))
+        return self._placeholders[position]
 
     def zero_gradient(self, position: int) -> None:
         """Set the reduced gradient of one parameter to zero where it rests."""
@@ -279,6 +290,11 @@ class Unit:
         return [content is Content.LOCAL for content in self.content]
 
     @property
+    def is_inside(self) -> bool:
+        """Whether reduced gradients are one copy's sum only. See [Note: one copy's sum]."""
+        return self._inside and Content.REDUCED in self.content
+
+    @property
     def is_ready(self) -> bool:
         """Whether all gradients that are expected in this backward have arrived and no reduction was started."""
         return self._missing == 0 and self.phase is Phase.FILLING and any(self.arrivals)
@@ -314,8 +330,13 @@ class Unit:
         for position in reduced:
             self.content[position] = Content.NONE
 
-    def reduce(self) -> None:
-        """Start the reduction."""
+    def reduce(self, *, boundary: bool) -> None:
+        """Start the reduction.
+
+        Args:
+            boundary: Whether an optimizer step may follow.
+
+        """
         assert self.phase is Phase.FILLING
         self._open_buffers()
         assert self.grad is not None
@@ -327,11 +348,27 @@ class Unit:
                 self.grad[slot.start : slot.stop].zero_()
         self.phase = Phase.REDUCING
         if self._row.gradients is Rest.REPLICATED:
-            self._reduction = self._collectives.all_reduce(self.grad, self.layout)
+            self._reduction = self._mesh.shard.all_reduce(self.grad, self.layout)
         else:
             # Straight to the resting place, unless gradients already there must be added to.
             out = self.rest if self._aside is None else self.grad[slice(*self.part)]
-            self._reduction = self._collectives.reduce_scatter(self.grad, self.layout, out)
+            self._reduction = self._mesh.shard.reduce_scatter(self.grad, self.layout, out)
+            if self._mesh.replicate is not None:
+                self._reduce_across(boundary)
+
+    def _reduce_across(self, boundary: bool) -> None:
+        """Sum over the copies what is being summed over the ranks of one. See [Note: one copy's sum]."""
+        assert self._reduction is not None
+        assert self.rest is not None
+        if self._aside is not None and not self._inside:
+            # Every copy has the same mean: a share of it from each adds up to it again.
+            self._aside.mul_(1.0 / self._mesh.copies)
+        self._inside = not boundary
+        if boundary:
+            inside = self._reduction
+            if self._aside is not None:
+                inside = Pending([inside], self._merge_aside)
+            self._reduction = self._mesh.reduce_across(inside, self.rest)
 
     def advance(self) -> None:
         """Let a reduction of several phases enter the next."""
@@ -403,7 +440,7 @@ class Unit:
         ]
         self._kept.clear()
 
-    def reduce_late(self) -> None:
+    def reduce_late(self, *, boundary: bool) -> None:
         """Reduce the gradients that arrived after the reduction had started, and add them. All ranks take part."""
         assert self.phase is Phase.DONE
         assert self.rest is not None
@@ -412,11 +449,12 @@ class Unit:
             self.view(late, position).copy_(gradient)
         self._late.clear()
         if self._row.gradients is Rest.REPLICATED:
-            self._collectives.all_reduce(late, self.layout).wait()
+            self._mesh.shard.all_reduce(late, self.layout).wait()
             self.rest.add_(late)
         else:
             out = late[slice(*self.part)]
-            self._collectives.reduce_scatter(late, self.layout, out).wait()
+            reduction = self._mesh.shard.reduce_scatter(late, self.layout, out)
+            (self._mesh.reduce_across(reduction, out) if boundary else reduction).wait()
             self.rest.add_(out)
 
     def learn(self) -> None:
@@ -425,13 +463,13 @@ class Unit:
 
     def full_gradient(self, position: int) -> Tensor | None:
         """The whole reduced gradient of one parameter. All ranks take part."""
-        if self.content[position] is not Content.REDUCED:
+        if self.content[position] is not Content.REDUCED or self._inside:
             return None
         assert self.rest is not None
         full = torch.zeros_like(self.flat)
         full[slice(*self.part)] = self.rest
         if self._row.gradients is Rest.SHARDED:
-            self._collectives.all_gather(full, self.layout).wait()
+            self._mesh.shard.all_gather(full, self.layout).wait()
         return self.view(full, position).clone()
 
     def local_gradient(self, start: int, stop: int) -> Tensor:

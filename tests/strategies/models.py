@@ -75,7 +75,7 @@ class Block(nn.Module):
 
 
 class Net(nn.Module):
-    """165 parameters; no size divides evenly, so that parts of ranks end within parameters and there is padding."""
+    """138 parameters; no size divides evenly, so that parts of ranks end within parameters and there is padding."""
 
     def __init__(self, *, seed: int = 0, dtype: torch.dtype = torch.float64) -> None:
         super().__init__()

@@ -32,7 +32,7 @@ from processes import run_script
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, DistributedSampler
 
-from harness import Ranks, RanksError
+from harness import Ranks
 from lightning_accel.core.placeholder import ShardedGradient
 from lightning_accel.strategies import AccelDDPStrategy, AccelFSDPStrategy, AccelZeROStrategy
 
@@ -394,6 +394,7 @@ def fit_averaging(strategy: str, kind: str) -> dict[str, Tensor]:
     average = {
         "stochastic": lambda: StochasticWeightAveraging(swa_lrs=0.01, swa_epoch_start=2, annealing_epochs=1),
         "moving": lambda: EMAWeightAveraging(decay=0.8),
+        "derived": lambda: MovingAverage(decay=0.8),
     }[kind]()
     module = Regression()
     arguments = {"max_epochs": 4, "callbacks": [average, ArriveLate()]}
@@ -410,11 +411,24 @@ def test_weight_averaging_callbacks(ranks2: Ranks, row: str, kind: str) -> None:
         assert_close(result, expected)
 
 
-@pytest.mark.parametrize("kind", ["stochastic", "moving"])
+class MovingAverage(EMAWeightAveraging):
+    """As Lightning's documentation suggests to write it."""
+
+
+@pytest.mark.parametrize(
+    ("kind", "use"),
+    [
+        ("stochastic", "StochasticWeightAveraging"),
+        ("moving", "EMAWeightAveraging"),
+        ("derived", "EMAWeightAveraging"),
+    ],
+)
 @pytest.mark.parametrize("row", ["fsdp", "fsdp_partial"])
-def test_weight_averaging_of_sharded_parameters_is_refused(ranks2: Ranks, row: str, kind: str) -> None:
-    with pytest.raises(RanksError, match=r"'net\.first\.weight'.*rest sharded"):
-        ranks2.run(fit_averaging, row, kind)
+def test_weight_averaging_of_sharded_parameters_names_what_to_use(ranks2: Ranks, row: str, kind: str, use: str) -> None:
+    for error in ranks2.run_expecting_error(fit_averaging, row, kind):
+        assert error is not None
+        assert error[0] == "ValueError"
+        assert f"Use (or derive from) lightning_accel.callbacks.{use}:" in error[1]
 
 
 # ---------------------------------------------------------------------- reduce of integer metrics
