@@ -3,13 +3,11 @@
 from __future__ import annotations
 
 import copy
-import sys
 import weakref
 from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager, ExitStack, nullcontext
 from dataclasses import replace
 from datetime import timedelta
-from pathlib import Path
 from typing import Any, Literal
 
 import torch
@@ -27,17 +25,15 @@ from lightning_accel.core import Engine, Rest
 from lightning_accel.core.materialise import InitFn
 from lightning_accel.core.partition import Units
 from lightning_accel.core.placement import Row, find_row
+from lightning_accel.core.structure import called_by_compiled_code
 from lightning_accel.plugins.precision import engine_optimizer, require_no_scaler
 from lightning_accel.strategies.compact import compact, keep
 from lightning_accel.strategies.fsdp import SHARDINGS, row_of_sharding
-from lightning_accel.strategies.options import EngineOptions, reject_unknown, to_device
+from lightning_accel.strategies.options import EngineOptions, Recomputed, reject_unknown, to_device
 from lightning_accel.strategies.trainer import START_METHODS
 from lightning_accel.strategies.zero import STAGES, row_of_stage
 
 __all__ = ["AccelDDPStrategy", "AccelFSDPStrategy", "AccelZeROStrategy", "EngineModule"]
-
-
-_COMPILED_CALL = ("compile_wrapper", ("_dynamo", "eval_frame.py"))
 
 
 class EngineModule(nn.Module):
@@ -68,12 +64,7 @@ class EngineModule(nn.Module):
     @torch.compiler.disable
     def _note_compilation(self) -> None:
         """Find out whether dynamo calls this object: Fabric compiles what wraps a compiled module, as users may."""
-        frame = sys._getframe().f_back
-        while frame is not None:
-            if (frame.f_code.co_name, Path(frame.f_code.co_filename).parts[-2:]) == _COMPILED_CALL:
-                self.engine.is_compiled = True
-                return
-            frame = frame.f_back
+        self.engine.is_compiled = called_by_compiled_code()
 
     def __deepcopy__(self, memo: dict[int, Any]) -> nn.Module:
         """A copy of the user's module, which no engine trains."""
@@ -97,6 +88,10 @@ class AccelFabricStrategy(DDPStrategy):
         param_init_fn: Sets, in place, the values of models that are made on the meta device (``configure_model``,
             ``init_module(empty_init=True)``). It is called with each module that has parameters or buffers of its own;
             by default its ``reset_parameters`` is.
+        activation_checkpointing: Compute activations again in backward instead of keeping them: True for each unit's
+            module, or names or classes of modules. Names in ``state_dict`` stay as they are.
+        activation_checkpointing_options: Keyword arguments for ``torch.utils.checkpoint.checkpoint``, such as
+            ``preserve_rng_state``, ``context_fn`` (for a selective policy) or ``use_reentrant`` (default: False).
         process_group_backend: ``"gloo"``, ``"nccl"``, …; by default what suits the device.
         timeout: Longest wait for a collective.
         start_method: How the ranks of this node are started: ``"popen"``, ``"spawn"`` or ``"fork"``.
@@ -116,6 +111,8 @@ class AccelFabricStrategy(DDPStrategy):
         bucket_cap_mb: float = 25.0,
         compile: bool | Mapping[str, Any] = False,
         param_init_fn: InitFn | None = None,
+        activation_checkpointing: Recomputed = False,
+        activation_checkpointing_options: Mapping[str, Any] | None = None,
         process_group_backend: str | None = None,
         timeout: timedelta | None = default_pg_timeout,
         start_method: Literal["popen", "spawn", "fork"] = "popen",
@@ -136,7 +133,12 @@ class AccelFabricStrategy(DDPStrategy):
         )
         self.row = row
         self._options = EngineOptions(
-            units=units, bucket_cap_mb=bucket_cap_mb, compile=compile, param_init_fn=param_init_fn
+            units=units,
+            bucket_cap_mb=bucket_cap_mb,
+            compile=compile,
+            activation_checkpointing=activation_checkpointing,
+            activation_checkpointing_options=activation_checkpointing_options,
+            param_init_fn=param_init_fn,
         )
         self._backward_sync_control = _EngineSyncControl()
         self._engines: list[weakref.ref[Engine]] = []

@@ -4,17 +4,21 @@ from __future__ import annotations
 
 import difflib
 import inspect
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeAlias
 
 import torch
 from torch import Tensor, nn
 
 from lightning_accel.core import Engine
 from lightning_accel.core.materialise import InitFn
-from lightning_accel.core.partition import Units
+from lightning_accel.core.partition import Units, find_blocks, find_modules
 from lightning_accel.core.placement import Row
+from lightning_accel.core.recompute import recompute, require_options
+
+Recomputed: TypeAlias = bool | Collection[str | type[nn.Module]]
+"""What users may say about activation checkpointing: for all blocks, for none, or for which modules."""
 
 _NOT_NEEDED = {
     "find_unused_parameters": "unused parameters are always found",
@@ -31,6 +35,9 @@ _NOT_OFFERED = {
     "ddp_comm_wrapper": "gradients are reduced by the engine; use Lightning's strategy='ddp' for communication hooks",
     "model_averaging_period": "use Lightning's strategy='ddp' for post-local SGD",
 }
+_RENAMED = {
+    "activation_checkpointing_policy": "is 'activation_checkpointing' here: True, or module names and classes",
+}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -43,6 +50,10 @@ class EngineOptions:
     """Neighbouring units are joined up to this size, in MiB."""
     compile: bool | Mapping[str, Any] = False
     """Compile each unit's module: True, or keyword arguments for ``torch.compile``."""
+    activation_checkpointing: Recomputed = False
+    """Compute activations again in backward: True for each unit's module, or names or classes of modules."""
+    activation_checkpointing_options: Mapping[str, Any] | None = None
+    """Keyword arguments for ``torch.utils.checkpoint.checkpoint``."""
     shard_size: int | None = None
     """For hybrid rows: how many neighbouring ranks divide a copy of the model state."""
     param_init_fn: InitFn | None = None
@@ -51,9 +62,34 @@ class EngineOptions:
     def __post_init__(self) -> None:
         if not self.bucket_cap_mb > 0:
             raise ValueError(f"Expected bucket_cap_mb to be positive, got {self.bucket_cap_mb}.")
+        which, options = self.activation_checkpointing, self.activation_checkpointing_options
+        if not isinstance(which, bool) and not (isinstance(which, Collection) and which) or isinstance(which, str):
+            raise ValueError(
+                "Expected activation_checkpointing to be True, False or a list of module names and classes, got"
+                f" {which!r}."
+            )
+        require_options(options or {})
+        if options and which is False:
+            raise ValueError(
+                f"Expected activation_checkpointing to be set where it has options, got {which!r} and"
+                f" activation_checkpointing_options={dict(options)!r}. Set it to True, or leave the options out."
+            )
+        backend = self.compile.get("backend") if isinstance(self.compile, Mapping) else None
+        if which is not False and backend == "eager":
+            raise ValueError(
+                "Expected another backend than 'eager' for compile together with activation_checkpointing: with that"
+                " one torch draws other random numbers in recomputation than in forward, and gradients after dropout"
+                " are wrong. Use 'aot_eager' to debug."
+            )
 
     def start(self, module: nn.Module, row: Row, device: torch.device) -> Engine:
-        """An engine for a module on its device, or on the meta device. All ranks take part."""
+        """An engine for a module on its device, or on the meta device. All ranks take part.
+
+        Raises:
+            ValueError: If a unit or a module to recompute does not exist.
+
+        """
+        recomputed = self._recomputed(module)  # before anything has changed: it may raise
         engine = Engine(
             module,
             row,
@@ -63,11 +99,27 @@ class EngineOptions:
             param_init_fn=self.param_init_fn,
             device=device,
         )
+        engine.at_close.callback(recompute(recomputed.values(), self.activation_checkpointing_options))
         if self.compile is not False:
             arguments = {} if self.compile is True else dict(self.compile)
             for block in engine.blocks.values():
+                engine.at_close.callback(setattr, block, "_compiled_call_impl", block._compiled_call_impl)
                 block.compile(**arguments)
         return engine
+
+    def _recomputed(self, module: nn.Module) -> dict[str, nn.Module]:
+        which = self.activation_checkpointing
+        if which is False:
+            return {}
+        if which is not True:
+            return find_modules(module, which, "activation_checkpointing")
+        blocks = find_blocks(module, self.units)
+        if not blocks:
+            raise ValueError(
+                "Expected the model to have repeated blocks (a ModuleList or Sequential of one class) for"
+                " activation_checkpointing=True, found none. Name modules or classes instead."
+            )
+        return blocks
 
 
 def to_device(module: nn.Module, device: torch.device) -> None:
@@ -102,7 +154,9 @@ def reject_unknown(strategy: type, unknown: Mapping[str, Any]) -> None:
     lines = []
     for name in unknown:
         near = difflib.get_close_matches(name, known, n=1)
-        if name in _NOT_NEEDED:
+        if name in _RENAMED:
+            lines.append(f"{name!r} {_RENAMED[name]}.")
+        elif name in _NOT_NEEDED:
             lines.append(f"{name!r} is not needed: {_NOT_NEEDED[name]}. Leave it out.")
         elif name in _NOT_OFFERED:
             lines.append(f"{name!r} is not offered: {_NOT_OFFERED[name]}.")

@@ -34,7 +34,7 @@ from lightning_accel.plugins.precision import require_no_scaler, with_engine_cli
 from lightning_accel.strategies.averaging import require_averaging_in_parts
 from lightning_accel.strategies.compact import compact, keep
 from lightning_accel.strategies.failure import end_children_at_exit, explain
-from lightning_accel.strategies.options import EngineOptions, reject_unknown, to_device
+from lightning_accel.strategies.options import EngineOptions, Recomputed, reject_unknown, to_device
 
 _GRACE_S = 10.0
 """Seconds that a rank which saves after an exception waits for the others to do the same."""
@@ -69,6 +69,10 @@ class AccelStrategy(DDPStrategy):
         param_init_fn: Sets, in place, the values of models that are made on the meta device (``configure_model``,
             ``init_module(empty_init=True)``). It is called with each module that has parameters or buffers of its own;
             by default its ``reset_parameters`` is.
+        activation_checkpointing: Compute activations again in backward instead of keeping them: True for each unit's
+            module, or names or classes of modules. Names in ``state_dict`` stay as they are.
+        activation_checkpointing_options: Keyword arguments for ``torch.utils.checkpoint.checkpoint``, such as
+            ``preserve_rng_state``, ``context_fn`` (for a selective policy) or ``use_reentrant`` (default: False).
         process_group_backend: ``"gloo"``, ``"nccl"``, …; by default what suits the device.
         timeout: Longest wait for a collective.
         start_method: How the ranks of this node are started: ``"popen"``, ``"spawn"`` or ``"fork"``.
@@ -91,6 +95,8 @@ class AccelStrategy(DDPStrategy):
         bucket_cap_mb: float = 25.0,
         compile: bool | Mapping[str, Any] = False,
         param_init_fn: InitFn | None = None,
+        activation_checkpointing: Recomputed = False,
+        activation_checkpointing_options: Mapping[str, Any] | None = None,
         process_group_backend: str | None = None,
         timeout: timedelta | None = default_pg_timeout,
         start_method: Literal["popen", "spawn", "fork"] = "popen",
@@ -111,7 +117,12 @@ class AccelStrategy(DDPStrategy):
         )
         self.row = row
         self._options = EngineOptions(
-            units=units, bucket_cap_mb=bucket_cap_mb, compile=compile, param_init_fn=param_init_fn
+            units=units,
+            bucket_cap_mb=bucket_cap_mb,
+            compile=compile,
+            activation_checkpointing=activation_checkpointing,
+            activation_checkpointing_options=activation_checkpointing_options,
+            param_init_fn=param_init_fn,
         )
         self.engine = None
         self._failed = False

@@ -4,7 +4,9 @@ The single-process run is plain torch on the same global batches. After 20 optim
 with it in norm: to 1e-12 in double precision, where two correct runs differ by the order of sums alone (about 1e-15
 after 20 steps) and a bug shows at once; to 1e-5 in single precision, whose rounding unit of 6e-8 gives about 1e-6.
 
-The whole matrix is marked ``matrix``; every run has one line through each of its axes.
+The whole matrix is marked ``matrix``; every run has one line through each of its axes. Activation checkpointing and
+compiled blocks change what runs forward and backward, and not what happens to gradients: they are crossed with the rows
+and the surfaces only.
 """
 
 from __future__ import annotations
@@ -18,6 +20,8 @@ import pytest
 import torch
 import torch.distributed as dist
 from lightning.fabric import Fabric
+from lightning.fabric.strategies import STRATEGY_REGISTRY
+from lightning.pytorch.strategies import StrategyRegistry
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, DistributedSampler, TensorDataset
 
@@ -31,6 +35,12 @@ TOLERANCE = {"64-true": 1e-12, "32-true": 1e-5}
 # under accel_ddp, which runs torch's optimizer on the plain parameters.
 MUON_SINGLE = 2**-7
 ROWS = ["accel_ddp", "accel_zero1", "accel_zero2", "accel_fsdp", "accel_fsdp_partial"]
+SETTINGS: dict[str, dict[str, Any]] = {
+    "plain": {},
+    "recomputed": {"activation_checkpointing": True},
+    "compiled": {"compile": {"backend": "aot_eager"}},  # inductor would take a minute for each
+    "recomputed and compiled": {"activation_checkpointing": True, "compile": {"backend": "aot_eager"}},
+}
 CLIPPING = {"off": None, "norm": 0.5, "value": 0.02}
 
 OPTIMIZERS = {
@@ -51,13 +61,11 @@ class Net(nn.Sequential):
 
 
 def make_net(optimizer: str) -> Net:
-    """Odd widths, so that shards cut parameters and are padded. Muon takes matrices only."""
+    """Odd widths, so that shards cut parameters and are padded; three blocks. Muon takes matrices only."""
     bias = optimizer != "muon"
     torch.manual_seed(0)
-    layers = [nn.Linear(7, 33, bias=bias), nn.Tanh()]
-    for _ in range(3):
-        layers += [nn.Linear(33, 33, bias=bias), nn.Tanh()]
-    return Net(*layers, nn.Linear(33, 5, bias=bias))
+    blocks = nn.Sequential(*(nn.Sequential(nn.Linear(33, 33, bias=bias), nn.Tanh()) for _ in range(3)))
+    return Net(nn.Linear(7, 33, bias=bias), nn.Tanh(), blocks, nn.Linear(33, 5, bias=bias))
 
 
 def make_data(ranks: int, accumulate: int) -> TensorDataset:
@@ -105,11 +113,18 @@ class Module(pl.LightningModule):
         return OPTIMIZERS[self._chosen](self.parameters())
 
 
-def in_trainer(row: str, optimizer: str, accumulate: int, clipping: str, precision: str) -> nn.Module:
+def strategy(registry: Any, row: str, settings: dict[str, Any]) -> Any:
+    """What the name stands for, with more settings; the name itself if there are none."""
+    return registry[row]["strategy"](**registry[row]["init_params"], **settings) if settings else row
+
+
+def in_trainer(
+    row: str, optimizer: str, accumulate: int, clipping: str, precision: str, settings: dict[str, Any]
+) -> nn.Module:
     ranks = dist.get_world_size()
     module = Module(optimizer)
     trainer = pl.Trainer(
-        strategy=row,
+        strategy=strategy(StrategyRegistry, row, settings),
         accelerator="cpu",
         devices=ranks,
         precision=precision,
@@ -129,9 +144,12 @@ def in_trainer(row: str, optimizer: str, accumulate: int, clipping: str, precisi
     return module.net
 
 
-def in_fabric(row: str, optimizer: str, accumulate: int, clipping: str, precision: str) -> nn.Module:
+def in_fabric(
+    row: str, optimizer: str, accumulate: int, clipping: str, precision: str, settings: dict[str, Any]
+) -> nn.Module:
     ranks = dist.get_world_size()
-    fabric = Fabric(strategy=row, accelerator="cpu", devices=ranks, precision=precision)
+    chosen = strategy(STRATEGY_REGISTRY, row, settings)
+    fabric = Fabric(strategy=chosen, accelerator="cpu", devices=ranks, precision=precision)
     fabric.launch()
     net = make_net(optimizer)
     made = OPTIMIZERS[optimizer](net.parameters())
@@ -156,13 +174,15 @@ SURFACES = {"trainer": in_trainer, "fabric": in_fabric}
 
 
 def errors(
-    surface: str, row: str, optimizer: str, accumulate: int, precision: str, clippings: list[str]
+    surface: str, row: str, optimizer: str, accumulate: int, precision: str, setting: str, clippings: list[str]
 ) -> dict[str, float]:
     """For each way of clipping, the largest relative error of a parameter. For ``ranks.run``."""
     found = {}
+    if "compile" in SETTINGS[setting]:
+        torch._dynamo.reset()  # compiled code of earlier lines counts towards the limit of versions of one function
     for clipping in clippings:
         expected = single_process(optimizer, accumulate, clipping, dist.get_world_size(), precision)
-        net = SURFACES[surface](row, optimizer, accumulate, clipping, precision)
+        net = SURFACES[surface](row, optimizer, accumulate, clipping, precision, SETTINGS[setting])
         found[clipping] = max(
             float((ours.detach() - theirs).norm() / theirs.norm())
             for ours, theirs in zip(net.parameters(), expected, strict=True)
@@ -172,28 +192,30 @@ def errors(
 
 # One line through each axis, and both surfaces, for every run.
 EVERYDAY = [
-    ("trainer", "accel_ddp", "adamw-fused", 4, "64-true", 2),
-    ("trainer", "accel_zero1", "sgd", 4, "64-true", 3),
-    ("trainer", "accel_zero2", "muon", 4, "64-true", 2),
-    ("trainer", "accel_zero2", "adamw-foreach", 1, "32-true", 2),
-    ("trainer", "accel_fsdp", "adamw-fused", 4, "64-true", 2),
-    ("trainer", "accel_fsdp_partial", "adafactor", 1, "64-true", 3),
-    ("fabric", "accel_fsdp", "sgd", 4, "64-true", 3),
-    ("fabric", "accel_ddp", "adafactor", 1, "64-true", 2),
-    ("fabric", "accel_zero1", "adamw-single", 1, "64-true", 2),
-    ("fabric", "accel_zero2", "adamw-fused", 4, "64-true", 3),
+    ("trainer", "accel_ddp", "adamw-fused", 4, "64-true", 2, "plain"),
+    ("trainer", "accel_zero1", "sgd", 4, "64-true", 3, "plain"),
+    ("trainer", "accel_zero2", "muon", 4, "64-true", 2, "plain"),
+    ("trainer", "accel_zero2", "adamw-foreach", 1, "32-true", 2, "plain"),
+    ("trainer", "accel_fsdp", "adamw-fused", 4, "64-true", 2, "recomputed and compiled"),
+    ("trainer", "accel_fsdp_partial", "adafactor", 1, "64-true", 3, "recomputed"),
+    ("fabric", "accel_fsdp", "sgd", 4, "64-true", 3, "plain"),
+    ("fabric", "accel_ddp", "adafactor", 1, "64-true", 2, "plain"),
+    ("fabric", "accel_zero1", "adamw-single", 1, "64-true", 2, "plain"),
+    ("fabric", "accel_zero2", "adamw-fused", 4, "64-true", 3, "compiled"),
 ]
-MATRIX = [
-    line for line in itertools.product(SURFACES, ROWS, OPTIMIZERS, (1, 4), TOLERANCE, (2, 3)) if line not in EVERYDAY
-]
+GRID = itertools.product(SURFACES, ROWS, OPTIMIZERS, (1, 4), TOLERANCE, (2, 3), ["plain"])
+WAYS = itertools.product(
+    SURFACES, ROWS, ["adamw-fused"], [4], ["64-true"], [2], [name for name in SETTINGS if name != "plain"]
+)
+MATRIX = [line for line in itertools.chain(GRID, WAYS) if line not in EVERYDAY]
 
 
 @pytest.mark.parametrize(
-    ("surface", "row", "optimizer", "accumulate", "precision", "world"),
+    ("surface", "row", "optimizer", "accumulate", "precision", "world", "setting"),
     [*EVERYDAY, *(pytest.param(*line, marks=pytest.mark.matrix) for line in MATRIX)],
     indirect=["world"],
 )
-def test_parity(surface, row, optimizer, accumulate, precision, world):
-    for found in world.run(errors, surface, row, optimizer, accumulate, precision, list(CLIPPING)):
+def test_parity(surface, row, optimizer, accumulate, precision, world, setting):
+    for found in world.run(errors, surface, row, optimizer, accumulate, precision, setting, list(CLIPPING)):
         limit = MUON_SINGLE if (optimizer, precision) == ("muon", "32-true") else TOLERANCE[precision]
         assert max(found.values()) < limit, found

@@ -118,6 +118,7 @@ def arrive(parameter: nn.Parameter) -> None:
     parameter.__class__ = kind  # type: ignore[assignment]
 
 
+@torch.compiler.disable  # type: ignore[untyped-decorator]
 def _have(parameters: Sequence[AbsentParameter], doing: str) -> None:
     for parameter in parameters:
         if not isinstance(parameter, AbsentParameter):

@@ -42,7 +42,7 @@ from lightning_accel.core.reduction import Reduction
 from lightning_accel.core.report import Report, StepCounts, measure
 from lightning_accel.core.residency import Residency
 from lightning_accel.core.roster import Roster
-from lightning_accel.core.structure import Structure, is_compiled
+from lightning_accel.core.structure import Structure, called_by_compiled_code, is_compiled
 from lightning_accel.core.unit import Unit
 
 _LINGER_S = 20.0
@@ -119,6 +119,8 @@ class Engine:
         """The modules that form units, by name."""
 
         materialiser = Materialiser(module, self.collectives, param_init_fn) if has_meta(module) else None
+        self.at_close = contextlib.ExitStack()
+        """What ``close`` takes back besides the engine's own doings."""
         self.is_compiled = False
         """Whether the module is called by compiled code that is not part of it."""
         self.optimizers: list[EngineOptimizer] = []
@@ -255,6 +257,7 @@ class Engine:
         for unit in self.units:
             unit.release(abandon=abandon)
         self._residency.detach()
+        self.at_close.close()
         if not abandon:
             self._residency.before_update()
         for optimizer in self.optimizers:
@@ -475,6 +478,8 @@ class Engine:
         def wait() -> None:
             if unit not in self._gathers:
                 return
+            # A compiled model that nobody has told the engine of; by the next step all is waited for in time.
+            self.is_compiled = self.is_compiled or called_by_compiled_code()
             pending.wait()  # first: if it is interrupted, the next reader waits again
             if self._gathers.pop(unit, None) is not None:
                 for parameter in unit.parameters:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 
 from torch import nn
@@ -44,20 +44,7 @@ def find_blocks(module: nn.Module, units: Units | None) -> dict[str, nn.Module]:
         ValueError: If a name or class matches nothing, or one unit lies within another.
 
     """
-    modules = dict(module.named_modules())
-    blocks = _repeated_blocks(modules) if units is None else {}
-    for unit in units or ():
-        if isinstance(unit, str):
-            found = {unit: modules[unit]} if unit in modules else {}
-        else:
-            found = {name: member for name, member in modules.items() if isinstance(member, unit)}
-        if not found:
-            classes = Counter(type(member).__name__ for member in modules.values())
-            raise ValueError(
-                f"Expected `units` to name modules or module classes of the model, but {unit!r} matches nothing."
-                f" The model has modules of the classes {', '.join(classes)}."
-            )
-        blocks.update(found)
+    blocks = _repeated_blocks(dict(module.named_modules())) if units is None else find_modules(module, units, "units")
     for name in blocks:
         for other in blocks:
             if other != name and name.startswith(f"{other}." if other else ""):
@@ -65,6 +52,39 @@ def find_blocks(module: nn.Module, units: Units | None) -> dict[str, nn.Module]:
                     f"Expected units that do not overlap, but {name!r} lies within {other!r}. Name only one of them."
                 )
     return blocks
+
+
+def find_modules(module: nn.Module, wanted: Collection[str | type[nn.Module]], argument: str) -> dict[str, nn.Module]:
+    """The modules that a user names, by name.
+
+    Args:
+        module: The model.
+        wanted: Module names or classes.
+        argument: What the user knows them as, for messages.
+
+    Raises:
+        ValueError: If a name or class matches nothing.
+
+    """
+    if isinstance(wanted, str | type):
+        raise ValueError(
+            f"Expected `{argument}` to be a list of module names or classes, got {wanted!r}. Put it in brackets."
+        )
+    modules = dict(module.named_modules())
+    matches = {}
+    for one in wanted:
+        if isinstance(one, str):
+            found = {one: modules[one]} if one in modules else {}
+        else:
+            found = {name: member for name, member in modules.items() if isinstance(member, one)}
+        if not found:
+            classes = Counter(type(member).__name__ for member in modules.values())
+            raise ValueError(
+                f"Expected `{argument}` to name modules or module classes of the model, but {one!r} matches nothing."
+                f" The model has modules of the classes {', '.join(classes)}."
+            )
+        matches.update(found)
+    return matches
 
 
 def _repeated_blocks(modules: dict[str, nn.Module]) -> dict[str, nn.Module]:

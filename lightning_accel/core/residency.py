@@ -157,7 +157,7 @@ class Residency:
         if block not in self._units:
             return
         self._bring(block)
-        if not self.in_backward:
+        if not self._recomputing:
             self._running.append(block)
             self._prefetch(block, backward=False)
         call = _Call(block)
@@ -185,8 +185,13 @@ class Residency:
                     )
             if not outputs or self._row.computing is Rest.REPLICATED:
                 return  # see [Note: one block's backward]
-        if not self.in_backward:  # see [Note: recomputation]
+        if not self._recomputing:  # see [Note: recomputation]
             self._let_go(self._units.get(block, ()))
+
+    @property
+    def _recomputing(self) -> bool:
+        """Whether a forward is within backward, be it one of ``torch.autograd.grad`` within a step."""
+        return self.in_backward or torch._C._current_graph_task_id() != -1
 
     # ---------------------------------------------------------------- backward
 

@@ -2,10 +2,16 @@
 
 from __future__ import annotations
 
+import sys
+from pathlib import Path
+from types import FrameType
+
 import torch
 from torch import Tensor, nn
 
 from lightning_accel.core.absent import AbsentParameter
+
+_COMPILED_CALL = ("compile_wrapper", ("_dynamo", "eval_frame.py"))
 
 
 class Structure:
@@ -68,3 +74,13 @@ def is_compiled(module: nn.Module) -> bool:
         or isinstance(part, torch.jit.ScriptModule)
         for part in module.modules()
     )
+
+
+def called_by_compiled_code() -> bool:
+    """Whether the caller is called, however indirectly, by what ``torch.compile`` returned."""
+    frame: FrameType | None = sys._getframe()
+    while frame is not None:
+        if (frame.f_code.co_name, Path(frame.f_code.co_filename).parts[-2:]) == _COMPILED_CALL:
+            return True
+        frame = frame.f_back
+    return False

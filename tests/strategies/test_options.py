@@ -81,7 +81,7 @@ def test_stage(strategy: Any, stage: Any) -> None:
 @pytest.mark.parametrize("strategy", [AccelFSDPStrategy, fabric.AccelFSDPStrategy], ids=["trainer", "fabric"])
 def test_sharding(strategy: Any) -> None:
     assert strategy(sharding="partial").row.name == "fsdp_partial"
-    with pytest.raises(ValueError, match="Expected sharding to be one of 'full', 'partial', got 'half'"):
+    with pytest.raises(ValueError, match="Expected sharding to be one of 'full', 'partial', 'hybrid', got 'half'"):
         strategy(sharding="half")
 
 
