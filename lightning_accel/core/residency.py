@@ -70,6 +70,7 @@ class Residency:
         prepare: Callable[[], None],
     ) -> None:
         self._prepare = prepare
+        self._module = module
         self._row = row
         self._collectives = collectives
         self.is_active = row.parameters is Rest.SHARDED and collectives.ranks > 1
@@ -85,6 +86,7 @@ class Residency:
         self._calls: list[_Call] = []  # of blocks that are in forward just now, the innermost last
         self._backwards = 0
         self._open: Counter[nn.Module] = Counter()  # calls whose backward has begun and not ended
+        self._held: Counter[Unit] = Counter()  # by those who are in ``everything``; their forwards free nothing
         self._hooks: list[Any] = []
         if self.is_active:
             for block in blocks.values():
@@ -92,7 +94,7 @@ class Residency:
                 self._hooks.append(block.register_forward_hook(self._leave))
             # Registered later, so run earlier: a root that is a block itself must find the rest there.
             self._hooks.append(module.register_forward_pre_hook(self._enter_module, prepend=True))
-            self._hooks.append(module.register_forward_hook(lambda *_: self._leave_root(), always_call=True))
+            self._hooks.append(module.register_forward_hook(self._leave_module, always_call=True))
 
     def attach(self, units: Sequence[Unit]) -> None:
         """Take over the units of a new layout; all of them are away."""
@@ -107,6 +109,10 @@ class Residency:
         self._hooks.clear()
         self._units = {}
 
+    def __deepcopy__(self, memo: Any) -> Residency:
+        """A copy of the module takes the hooks along; for other modules than these they do nothing."""
+        return self
+
     # ----------------------------------------------------------------- forward
 
     @contextmanager
@@ -118,10 +124,16 @@ class Residency:
         finally:
             self._leave_root()
 
-    def _enter_module(self, *_: Any) -> None:
+    def _enter_module(self, module: nn.Module, *_: Any) -> None:
+        if module is not self._module:
+            return
         if self._depth == 0:
             self._prepare()
         self._enter_root()
+
+    def _leave_module(self, module: nn.Module, *_: Any) -> None:
+        if module is self._module:
+            self._leave_root()
 
     @torch.compiler.disable  # type: ignore[untyped-decorator]
     def _enter_root(self) -> None:
@@ -142,6 +154,8 @@ class Residency:
 
     @torch.compiler.disable  # type: ignore[untyped-decorator]
     def _enter(self, block: nn.Module, args: Any, kwargs: Any) -> None:
+        if block not in self._units:
+            return
         self._bring(block)
         if not self._recomputing:
             self._running.append(block)
@@ -157,6 +171,8 @@ class Residency:
 
     @torch.compiler.disable  # type: ignore[untyped-decorator]
     def _leave(self, block: nn.Module, args: Any, output: Any) -> None:
+        if block not in self._units:
+            return
         call = self._calls.pop()
         while call.block is not block:  # one that was left by an exception, as early-stopping recomputation does
             call = self._calls.pop()
@@ -220,7 +236,8 @@ class Residency:
     def before_update(self) -> None:
         """Call before this rank's parts are changed: nobody reads them any more."""
         if self.is_active:
-            self._free(self._all())
+            for unit in self._all():  # held or not: the whole values are the old ones from now on
+                unit.memory.free()
             self._collectives.fence().wait()
 
     def after_update(self) -> None:
@@ -245,9 +262,11 @@ class Residency:
             unit.memory.fetch()
         for unit in units:
             unit.memory.wait()
+        self._held.update(units)
         try:
             yield
         finally:
+            self._held.subtract(units)
             if writeback and self.is_active:
                 self._collectives.fence().wait()
                 for unit in units:
@@ -291,10 +310,10 @@ class Residency:
         if not self.holds:
             self._free(units)
 
-    @staticmethod
-    def _free(units: Iterable[Unit]) -> None:
+    def _free(self, units: Iterable[Unit]) -> None:
         for unit in units:
-            unit.memory.free()
+            if not self._held[unit]:
+                unit.memory.free()
 
 
 def _output_arrived(residency: weakref.ref[Residency], call: _Call, _: Tensor) -> None:

@@ -1,0 +1,88 @@
+"""The model is used within `full_parameters`: values stay there, and changes are kept."""
+
+import copy
+
+import pytest
+import torch
+import torch.distributed as dist
+
+from core.toys import Net, adamw, build, data, mse, relative_error, train, train_alone
+from lightning_accel.core import Engine
+
+SHARDED = ["fsdp", "fsdp_partial"]
+
+
+def evaluate_within(row: str, grad: bool) -> tuple[float, float, float]:
+    module, alone = build(Net), build(Net)
+    engine = Engine(module, row)
+    engine.add_optimizer(adamw(module.parameters()))
+    x, y = data(1, 1)
+    with engine.full_parameters(writeback=True):
+        with torch.no_grad():
+            for parameter in module.parameters():
+                parameter.mul_(1.5)
+            for parameter in alone.parameters():
+                parameter.mul_(1.5)
+        with torch.set_grad_enabled(grad):
+            output = mse(module, x[0], y[0]).detach()
+        within = relative_error(module.parameters(), alone.parameters())
+    with engine.full_parameters():
+        after = relative_error(module.parameters(), alone.parameters())
+    engine.close()
+    return within, after, float((output - mse(alone, x[0], y[0])).abs())
+
+
+@pytest.mark.parametrize("grad", [False, True])
+@pytest.mark.parametrize("row", SHARDED)
+def test_a_forward_within_full_parameters_frees_nothing(ranks2, row, grad):
+    for found in ranks2.run(evaluate_within, row, grad):
+        assert found == (0, 0, 0)
+
+
+def train_around(row: str) -> float:
+    module, alone = build(Net), build(Net)
+    engine, theirs = Engine(module, row), adamw(alone.parameters())
+    optimizer = adamw(module.parameters())
+    engine.add_optimizer(optimizer)
+    x, y = data(1, 1)
+    for _ in range(3):
+        train(engine, optimizer, 1)
+        train_alone(alone, theirs, 1, dist.get_world_size())
+        with engine.full_parameters(), torch.no_grad():
+            mse(module, x[0], y[0])
+        with pytest.raises(RuntimeError, match="rest sharded"):  # freed after all
+            module.last.weight.sum()
+    engine.close()
+    return relative_error(module.parameters(), alone.parameters())
+
+
+@pytest.mark.parametrize("row", SHARDED)
+def test_training_goes_on_afterwards(ranks2, row):
+    assert max(ranks2.run(train_around, row)) < 1e-12
+
+
+def train_with_copies(row: str) -> float:
+    module, alone = build(Net), build(Net)
+    engine, theirs = Engine(module, row), adamw(alone.parameters())
+    optimizer = adamw(module.parameters())
+    engine.add_optimizer(optimizer)
+    x, y = data(1, 1)
+    for _ in range(3):
+        train(engine, optimizer, 1)
+        train_alone(alone, theirs, 1, dist.get_world_size())
+        with engine.full_parameters():
+            copied = copy.deepcopy(module)
+        mse(copied, x[0], y[0]).backward()
+        alone.zero_grad()
+        mse(alone, x[0], y[0]).backward()
+        gradients = [[p.grad for p in net.parameters()] for net in (copied, alone)]
+        assert relative_error(*gradients) < 1e-12, "the copy is a plain module"
+    engine.close()
+    mse(copied, x[0], y[0])
+    assert relative_error(copied.parameters(), alone.parameters()) < 1e-12, "and stays what it is"
+    return relative_error(module.parameters(), alone.parameters())
+
+
+@pytest.mark.parametrize("row", ["zero2", *SHARDED])
+def test_a_deep_copy_is_a_plain_module(ranks2, row):
+    assert max(ranks2.run(train_with_copies, row)) < 1e-12
