@@ -44,7 +44,7 @@ def run(tmp_path: Path, *parts: str, launcher: tuple[str, ...] = ()) -> str:
 
 
 def test_every_block_is_run_here():
-    assert len(BLOCKS) == 6
+    assert len(BLOCKS) == 7
 
 
 def test_the_trainer_and_the_report(tmp_path):
@@ -74,6 +74,12 @@ def test_the_engine_under_torchrun(tmp_path):
 
 def test_settings(tmp_path):
     run(tmp_path, block("AccelZeROStrategy("), "assert strategy.row.name == 'zero2'")
+
+
+def test_a_model_that_is_too_large(tmp_path):
+    after = "assert all(p.is_meta for p in model.parameters())\ntrainer.fit(model)\nprint(trainer.strategy.engine.row.name)"
+    assert "fsdp_hybrid" in run(tmp_path, block("init_module"), after)
+    assert list((tmp_path / "optimizer_state").iterdir()) == []
 
 
 @pytest.mark.parametrize("path", re.findall(r"\]\(((?:examples|docs|tests|benchmarks)/[^)]*)\)", README))
