@@ -77,7 +77,7 @@ def test_settings(tmp_path):
 
 
 def test_a_model_that_is_too_large(tmp_path):
-    after = "assert all(p.is_meta for p in model.parameters())\ntrainer.fit(model)\nprint(trainer.strategy.engine.row.name)"
+    after = "assert next(model.parameters()).is_meta\ntrainer.fit(model)\nprint(trainer.strategy.engine.row.name)"
     assert "fsdp_hybrid" in run(tmp_path, block("init_module"), after)
     assert list((tmp_path / "optimizer_state").iterdir()) == []
 
