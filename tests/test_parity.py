@@ -5,14 +5,15 @@ with it in norm: to 1e-12 in double precision, where two correct runs differ by 
 after 20 steps) and a bug shows at once; to 1e-5 in single precision, whose rounding unit of 6e-8 gives about 1e-6.
 
 The whole matrix is marked ``matrix``; every run has one line through each of its axes. Activation checkpointing and
-compiled blocks change what runs forward and backward, and not what happens to gradients: they are crossed with the rows
-and the surfaces only.
+compiled blocks change what runs forward and backward, offload where the optimizer works, and neither what happens to
+gradients: they are crossed with the rows and the surfaces, and with each other, only. Hybrid shard takes four ranks.
 """
 
 from __future__ import annotations
 
 import functools
 import itertools
+import tempfile
 from typing import Any
 
 import lightning.pytorch as pl
@@ -35,11 +36,21 @@ TOLERANCE = {"64-true": 1e-12, "32-true": 1e-5}
 # under accel_ddp, which runs torch's optimizer on the plain parameters.
 MUON_SINGLE = 2**-7
 ROWS = ["accel_ddp", "accel_zero1", "accel_zero2", "accel_fsdp", "accel_fsdp_partial"]
+RECOMPUTED = {"activation_checkpointing": True}
+COMPILED = {"compile": {"backend": "aot_eager"}}  # inductor would take a minute for each
+OFFLOADED = {"offload": "optimizer", "offload_dir": tempfile.gettempdir()}
+TWO_COPIES = {"shard_size": 2}
 SETTINGS: dict[str, dict[str, Any]] = {
     "plain": {},
-    "recomputed": {"activation_checkpointing": True},
-    "compiled": {"compile": {"backend": "aot_eager"}},  # inductor would take a minute for each
-    "recomputed and compiled": {"activation_checkpointing": True, "compile": {"backend": "aot_eager"}},
+    "recomputed": RECOMPUTED,
+    "compiled": COMPILED,
+    "offloaded": OFFLOADED,
+    "recomputed and compiled": RECOMPUTED | COMPILED,
+    "recomputed and offloaded": RECOMPUTED | OFFLOADED,
+    "compiled and offloaded": COMPILED | OFFLOADED,
+    "recomputed, compiled and offloaded": RECOMPUTED | COMPILED | OFFLOADED,
+    "two copies": TWO_COPIES,
+    "two copies, recomputed and offloaded": TWO_COPIES | RECOMPUTED | OFFLOADED,
 }
 CLIPPING = {"off": None, "norm": 0.5, "value": 0.02}
 
@@ -198,6 +209,7 @@ EVERYDAY = [
     ("trainer", "accel_zero2", "adamw-foreach", 1, "32-true", 2, "plain"),
     ("trainer", "accel_fsdp", "adamw-fused", 4, "64-true", 2, "recomputed and compiled"),
     ("trainer", "accel_fsdp_partial", "adafactor", 1, "64-true", 3, "recomputed"),
+    ("trainer", "accel_fsdp_hybrid", "adamw-fused", 4, "64-true", 4, "two copies, recomputed and offloaded"),
     ("fabric", "accel_fsdp", "sgd", 4, "64-true", 3, "plain"),
     ("fabric", "accel_ddp", "adafactor", 1, "64-true", 2, "plain"),
     ("fabric", "accel_zero1", "adamw-single", 1, "64-true", 2, "plain"),
@@ -205,9 +217,18 @@ EVERYDAY = [
 ]
 GRID = itertools.product(SURFACES, ROWS, OPTIMIZERS, (1, 4), TOLERANCE, (2, 3), ["plain"])
 WAYS = itertools.product(
-    SURFACES, ROWS, ["adamw-fused"], [4], ["64-true"], [2], [name for name in SETTINGS if name != "plain"]
+    SURFACES, ROWS, ["adamw-fused"], [4], ["64-true"], [2], [n for n in SETTINGS if n != "plain" and "copies" not in n]
 )
-MATRIX = [line for line in itertools.chain(GRID, WAYS) if line not in EVERYDAY]
+HYBRID = itertools.product(
+    SURFACES,
+    ["accel_fsdp_hybrid"],
+    ["adamw-fused", "adafactor"],
+    (1, 4),
+    TOLERANCE,
+    [4],
+    [n for n in SETTINGS if "copies" in n],
+)
+MATRIX = [line for line in itertools.chain(GRID, WAYS, HYBRID) if line not in EVERYDAY]
 
 
 @pytest.mark.parametrize(

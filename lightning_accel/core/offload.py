@@ -27,7 +27,7 @@ from lightning_accel.core.placement import Rest, Row
 
 OffloadKind: TypeAlias = Literal["optimizer", "parameters"]
 
-_SMALL = 16 * 2**10
+_SMALL = 4096
 """Bytes below which a value of the state stays in memory: a file takes whole pages."""
 
 

@@ -50,7 +50,7 @@ OPTIMIZERS = [adamw, sgd, adafactor, by_hand, ByCount]
 
 
 def wide():
-    return Net(65, 3)  # parts of more than 16 KiB: smaller ones stay in memory
+    return Net(65, 3)  # parts of more than 4 KiB: smaller ones stay in memory
 
 
 def compared(row, make_optimizer, offload, folder, *, copying):
