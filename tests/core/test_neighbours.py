@@ -10,8 +10,8 @@ import torch
 import torch.distributed as dist
 
 from lightning_accel.core import neighbours
-from lightning_accel.core.collectives import GlooCollectives
-from lightning_accel.core.neighbours import Neighbours, timeout_of
+from lightning_accel.core.collectives import GlooCollectives, timeout_of
+from lightning_accel.core.neighbours import Neighbours
 
 
 def connected():
@@ -109,7 +109,7 @@ def test_if_one_rank_cannot_none_does(ranks2):
 
 
 def timeout():
-    return timeout_of(None)
+    return timeout_of(None, torch.device("cpu"))
 
 
 def test_the_timeout_is_the_process_groups(ranks2):

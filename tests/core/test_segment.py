@@ -2,6 +2,7 @@ import torch
 from torch import nn
 
 from lightning_accel.core.layout import even_layout
+from lightning_accel.core.mesh import Mesh
 from lightning_accel.core.parameter_memory import Gauge
 from lightning_accel.core.placement import ROWS
 from lightning_accel.core.pool import BufferPool
@@ -13,12 +14,16 @@ class Alone:
     """Collectives of a single rank: a unit sends nothing here."""
 
     rank, ranks = 0, 1
+    device = torch.device("cpu")
+    traffic = None
 
 
 def make_unit(*shapes):
     parameters = [nn.Parameter(torch.randn(shape)) for shape in shapes]
     names = [f"p{i}" for i in range(len(shapes))]
-    return Unit("u", parameters, names, even_layout(shapes, 1), ROWS["ddp"], Alone(), BufferPool(), Gauge())
+    return Unit(
+        "u", parameters, names, even_layout(shapes, 1), ROWS["ddp"], Mesh(Alone(), Alone()), BufferPool(), Gauge()
+    )
 
 
 def segments_of(unit, groups):
