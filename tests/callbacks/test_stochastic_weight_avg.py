@@ -16,6 +16,7 @@ from torch import Tensor
 from harness import Ranks
 from lightning_accel import callbacks
 from lightning_accel.core.average import Average
+from rows import everyday
 
 
 def moving(averaged: Tensor, current: Tensor, count: Tensor) -> Tensor:
@@ -38,7 +39,7 @@ def fit_kind(strategy: str, kind: str, **arguments: Any) -> Any:
 
 
 @pytest.mark.parametrize("kind", KINDS)
-@pytest.mark.parametrize("row", ROWS)
+@pytest.mark.parametrize("row", everyday(ROWS))
 def test_fit_equals_lightnings_own(ranks2: Ranks, row: str, kind: str) -> None:
     expected = fit_kind("auto", kind)
     assert len(set(expected[2])) > 4, "the schedule must be seen"
@@ -66,7 +67,7 @@ def fit_normed_by_us(row: str) -> dict[str, Tensor]:
     return fit_normed(f"accel_{row}", average("cosine", row))
 
 
-@pytest.mark.parametrize("row", ROWS)
+@pytest.mark.parametrize("row", everyday(ROWS))
 def test_statistics_are_updated_in_one_more_epoch(ranks2: Ranks, row: str) -> None:
     # Each rank normalises its own samples, so that torch's DDP and not a single process is the measure.
     expected, *_ = ranks2.run(fit_normed_by_lightning)
@@ -79,7 +80,7 @@ def test_statistics_are_updated_in_one_more_epoch(ranks2: Ranks, row: str) -> No
 
 
 @pytest.mark.parametrize("epochs", [1, 7], ids=["before it starts", "after"])
-@pytest.mark.parametrize("row", ROWS)
+@pytest.mark.parametrize("row", everyday(ROWS))
 def test_stop_and_resume_is_exactly_an_uninterrupted_run(ranks2: Ranks, row: str, epochs: int, tmp_path: Path) -> None:
     path = tmp_path / "stopped.ckpt"
     ranks2.run(fit_kind, row, "cosine", save=path, stop_after=epochs)
@@ -88,7 +89,7 @@ def test_stop_and_resume_is_exactly_an_uninterrupted_run(ranks2: Ranks, row: str
         assert_same(result, uninterrupted, tolerance=0)
 
 
-@pytest.mark.parametrize(("before", "after"), CONTINUATIONS)
+@pytest.mark.parametrize(("before", "after"), everyday(CONTINUATIONS))
 @pytest.mark.parametrize("epochs", [1, 7], ids=["before it starts", "after"])
 def test_fit_continues_from_a_checkpoint_of_any_strategy(
     ranks2: Ranks, before: str, after: str, epochs: int, tmp_path: Path
@@ -100,7 +101,7 @@ def test_fit_continues_from_a_checkpoint_of_any_strategy(
 
 
 @pytest.mark.parametrize("epochs", [1, 7], ids=["before it starts", "after"])
-@pytest.mark.parametrize("row", ROWS)
+@pytest.mark.parametrize("row", everyday(ROWS))
 def test_checkpoint_is_the_one_that_lightning_writes(ranks2: Ranks, row: str, epochs: int, tmp_path: Path) -> None:
     fit_kind("auto", "cosine", save=tmp_path / "alone.ckpt", stop_after=epochs)
     ranks2.run(fit_kind, row, "cosine", save=tmp_path / "ranks.ckpt", stop_after=epochs)
@@ -139,7 +140,7 @@ def sizes(row: str) -> list[int]:
     return recording.found
 
 
-@pytest.mark.parametrize("row", ROWS)
+@pytest.mark.parametrize("row", everyday(ROWS))
 def test_there_is_no_memory_before_the_first_average(ranks2: Ranks, row: str) -> None:
     for before, also_before, first, second in ranks2.run(sizes, row):
         assert before == also_before == 0

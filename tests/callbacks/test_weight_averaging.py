@@ -15,6 +15,7 @@ from torch.optim.swa_utils import get_ema_avg_fn, get_ema_multi_avg_fn
 
 from harness import Ranks, RanksError
 from lightning_accel import callbacks
+from rows import everyday
 
 KINDS: dict[str, tuple[str, dict[str, Any]]] = {
     "mean": ("WeightAveraging", {}),
@@ -36,7 +37,7 @@ def fit_kind(strategy: str, kind: str, **arguments: Any) -> Any:
 
 
 @pytest.mark.parametrize("kind", KINDS)
-@pytest.mark.parametrize("row", ROWS)
+@pytest.mark.parametrize("row", everyday(ROWS))
 def test_fit_equals_lightnings_own(ranks2: Ranks, row: str, kind: str) -> None:
     expected = fit_kind("auto", kind)
     assert len(expected[1]) == 2 * EPOCHS
@@ -62,7 +63,7 @@ def test_nobody_sees_averages_before_they_arrive(ranks2: Ranks, row: str) -> Non
 
 
 @pytest.mark.parametrize("kind", ["mean", "function"])
-@pytest.mark.parametrize("row", ROWS)
+@pytest.mark.parametrize("row", everyday(ROWS))
 def test_stop_and_resume_is_exactly_an_uninterrupted_run(ranks2: Ranks, row: str, kind: str, tmp_path: Path) -> None:
     path = tmp_path / "stopped.ckpt"
     ranks2.run(fit_kind, row, kind, save=path, max_epochs=5)
@@ -72,7 +73,7 @@ def test_stop_and_resume_is_exactly_an_uninterrupted_run(ranks2: Ranks, row: str
         assert_same(result, uninterrupted, tolerance=0)
 
 
-@pytest.mark.parametrize(("before", "after"), CONTINUATIONS)
+@pytest.mark.parametrize(("before", "after"), everyday(CONTINUATIONS))
 def test_fit_continues_from_a_checkpoint_of_any_strategy(
     ranks2: Ranks, before: str, after: str, tmp_path: Path
 ) -> None:
@@ -82,7 +83,7 @@ def test_fit_continues_from_a_checkpoint_of_any_strategy(
         assert_same(result, fit_kind("auto", "moving"))
 
 
-@pytest.mark.parametrize("row", ROWS)
+@pytest.mark.parametrize("row", everyday(ROWS))
 def test_checkpoint_is_the_one_that_lightning_writes(ranks2: Ranks, row: str, tmp_path: Path) -> None:
     fit_kind("auto", "moving", save=tmp_path / "alone.ckpt", max_epochs=3)
     ranks2.run(fit_kind, row, "moving", save=tmp_path / "ranks.ckpt", max_epochs=3)
@@ -109,7 +110,7 @@ def evaluate(strategy: str, path: Path) -> Any:
     return found
 
 
-@pytest.mark.parametrize("row", ROWS)
+@pytest.mark.parametrize("row", everyday(ROWS))
 def test_evaluation_of_a_checkpoint_uses_the_average(ranks2: Ranks, row: str, tmp_path: Path) -> None:
     path = tmp_path / "averaged.ckpt"
     ranks2.run(fit_kind, row, "moving", save=path, max_epochs=3)
@@ -134,7 +135,7 @@ class SaveWithinValidation(Recording):
         trainer.save_checkpoint(self.path.with_name("end.ckpt"))
 
 
-@pytest.mark.parametrize("row", ROWS)
+@pytest.mark.parametrize("row", everyday(ROWS))
 def test_saving_within_validation_and_after_fit(ranks2: Ranks, row: str, tmp_path: Path) -> None:
     ranks2.run(save_later, row, tmp_path)
     within, end, after = (
@@ -200,7 +201,7 @@ def finetune(strategy: str) -> Any:
     return everything(module), recording.losses, recording.rates
 
 
-@pytest.mark.parametrize("row", ROWS)
+@pytest.mark.parametrize("row", everyday(ROWS))
 def test_thawed_parameters_join_the_average(ranks2: Ranks, row: str) -> None:
     expected = finetune("auto")
     for result in ranks2.run(finetune, row):

@@ -12,6 +12,7 @@ from core.toys import ROW_NAMES, Net, adamw, build, data, mse, my_share, relativ
 from harness import RanksError
 from lightning_accel.core import Engine, Rest
 from lightning_accel.core.average import Average
+from rows import everyday
 
 EXACT = 1e-12
 STEPS = 8
@@ -110,7 +111,7 @@ def average_beside_torch(row, function, buffers, device, **options):
     return errors
 
 
-@pytest.mark.parametrize("row", ROW_NAMES)
+@pytest.mark.parametrize("row", everyday(ROW_NAMES))
 @pytest.mark.parametrize("function", FUNCTIONS)
 def test_average_is_that_of_torch(ranks2, row, function):
     for errors in ranks2.run(average_beside_torch, row, function, "average", "cpu" if function == "avg_fn" else None):
@@ -134,7 +135,7 @@ def one_rank(row):
 
 
 @pytest.mark.parametrize("world", [1], indirect=True)
-@pytest.mark.parametrize("row", ROW_NAMES)
+@pytest.mark.parametrize("row", everyday(ROW_NAMES))
 def test_one_rank(world, row):
     [errors] = world.run(one_rank, row)
     assert max(errors.values()) < EXACT, errors
@@ -159,7 +160,7 @@ def memory_and_traffic(row, whole):
     return average.nbytes, parameters, padding, operations, sent, sum(swapped.values()), engine.row
 
 
-@pytest.mark.parametrize("row", ROW_NAMES)
+@pytest.mark.parametrize("row", everyday(ROW_NAMES))
 def test_memory_is_that_of_a_part_and_an_update_sends_nothing(ranks3, row):
     results = ranks3.run(memory_and_traffic, row, False)
     for size, parameters, padding, operations, sent, swapped, placement in results:
@@ -200,7 +201,7 @@ def saved_and_loaded(row, spread):
 
 
 @pytest.mark.parametrize("spread", [True, False])
-@pytest.mark.parametrize("row", ROW_NAMES)
+@pytest.mark.parametrize("row", everyday(ROW_NAMES))
 def test_state_from_one_rank_or_all(ranks2, row, spread):
     for before, (equal, units), others in ranks2.run(saved_and_loaded, row, spread):
         assert before == 0
@@ -276,7 +277,7 @@ def thawed(row, drop):
     return error, size, average.nbytes
 
 
-@pytest.mark.parametrize("row", ROW_NAMES)
+@pytest.mark.parametrize("row", everyday(ROW_NAMES))
 def test_units_that_are_laid_out_anew_keep_their_average(ranks2, row):
     for error, before, after in ranks2.run(thawed, row, False):
         assert error < EXACT
@@ -301,7 +302,7 @@ def frozen_after_training(row):
     return error, relative_error([found[name] for name in state], expected), size, average.nbytes
 
 
-@pytest.mark.parametrize("row", ROW_NAMES)
+@pytest.mark.parametrize("row", everyday(ROW_NAMES))
 def test_frozen_parameters_that_differ_from_their_average(ranks2, row):
     for loaded, updated, before, after in ranks2.run(frozen_after_training, row):
         assert loaded < EXACT
@@ -340,7 +341,7 @@ def two_optimizers(row):
     return relative_error(results, expected.module.parameters())
 
 
-@pytest.mark.parametrize("row", ROW_NAMES)
+@pytest.mark.parametrize("row", everyday(ROW_NAMES))
 def test_several_optimizers(ranks3, row):
     assert max(ranks3.run(two_optimizers, row)) < EXACT
 

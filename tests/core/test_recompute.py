@@ -20,6 +20,7 @@ from core.toys import ROW_NAMES, Net, adamw, build, data, mse, my_share, relativ
 from lightning_accel.core import Engine, Rest
 from lightning_accel.core.placement import find_row
 from lightning_accel.core.recompute import recompute
+from rows import everyday
 
 # Double precision. The operations are the same ones, but gradients that meet may be added up in another order: 1e-16.
 EXACT = 1e-12
@@ -99,7 +100,7 @@ LOCAL = replace(find_row("fsdp"), accumulating=Rest.REPLICATED)
 """Parameters stay gathered, and gradients whole, while micro-batches accumulate."""
 
 
-@pytest.mark.parametrize("row", [*ROW_NAMES, pytest.param(LOCAL, id="fsdp, local accumulation")])
+@pytest.mark.parametrize("row", [*everyday(ROW_NAMES), pytest.param(LOCAL, id="fsdp, local accumulation")])
 def test_same_numbers_same_dropout_and_no_gather_more(ranks2, row):
     for found in ranks2.run(with_and_without, row, RichNet, list(OPTIONS)):
         for error, same_traffic, calls in found.values():
@@ -139,7 +140,7 @@ def stopped_early(row):
     return relative_error(values(engine), plain), engine.report().collectives == sent, ran
 
 
-@pytest.mark.parametrize("row", ROW_NAMES)
+@pytest.mark.parametrize("row", everyday(ROW_NAMES))
 def test_recomputation_stops_early(ranks2, row):
     for error, same_traffic, ran in ranks2.run(stopped_early, row):
         assert error < EXACT
@@ -221,7 +222,7 @@ def by_the_user(row, how):
 
 
 @pytest.mark.parametrize("how", ["wrapper", "wrapper, reentrant", "applied late"])
-@pytest.mark.parametrize("row", ROW_NAMES)
+@pytest.mark.parametrize("row", everyday(ROW_NAMES))
 def test_wrappers_of_torch_go_on_to_work(ranks2, row, how):
     for error, same_traffic in ranks2.run(by_the_user, row, how):
         assert error < EXACT
@@ -424,7 +425,7 @@ def on_the_share(row):  # keeps the data helpers honest: a rank's part of a batc
     return relative_error(mine, [p.grad for p in alone.blocks.parameters()])
 
 
-@pytest.mark.parametrize("row", ROW_NAMES)
+@pytest.mark.parametrize("row", everyday(ROW_NAMES))
 def test_reentrant_after_frozen_layers(ranks2, row):
     assert max(ranks2.run(on_the_share, row)) < EXACT
 

@@ -14,6 +14,7 @@ from torch.utils.checkpoint import CheckpointPolicy, create_selective_checkpoint
 
 from harness import Ranks
 from lightning_accel.strategies import AccelDDPStrategy, AccelFSDPStrategy, AccelZeROStrategy, fabric
+from rows import everyday
 
 ARGUMENTS: dict[str, tuple[str, dict[str, Any]]] = {
     "ddp": ("AccelDDPStrategy", {}),
@@ -73,7 +74,7 @@ def fit(row: str | None, settings: dict[str, Any]) -> tuple[dict[str, Tensor], l
 
 
 @pytest.mark.parametrize("way", WAYS)
-@pytest.mark.parametrize("row", ROWS)
+@pytest.mark.parametrize("row", everyday(ROWS))
 def test_trainer(ranks2: Ranks, row: str, way: str) -> None:
     expected, forwards, names, _ = fit(None, {})
     blocks = 2 if "name" in way else 3
@@ -107,7 +108,7 @@ def loop(row: str | None, settings: dict[str, Any]) -> tuple[dict[str, Tensor], 
 
 
 @pytest.mark.parametrize("way", ["all blocks", "compiled"])
-@pytest.mark.parametrize("row", ROWS)
+@pytest.mark.parametrize("row", everyday(ROWS))
 def test_fabric(ranks2: Ranks, row: str, way: str) -> None:
     expected, names = loop(None, {})
     for result, names_now in ranks2.run(loop, row, WAYS[way]):
