@@ -13,12 +13,10 @@ What happens within backward is in core/reduction.py.
 
 from __future__ import annotations
 
-import atexit
 import contextlib
 import os
-import sys
 import weakref
-from collections.abc import Callable, Iterator, MutableMapping
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from typing import Any
 
@@ -26,10 +24,9 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch.optim import Optimizer
-from torch.utils.weak import WeakIdKeyDictionary
 
-from lightning_accel.core.absent import arrive, depart
 from lightning_accel.core.agreement import BufferVersions, synchronise
+from lightning_accel.core.arrivals import Arrivals
 from lightning_accel.core.clipping import clip_grad_norm, clip_grad_value, grad_norm
 from lightning_accel.core.collectives import Collectives
 from lightning_accel.core.materialise import InitFn, Materialiser, has_meta
@@ -41,17 +38,12 @@ from lightning_accel.core.partition import Units, find_blocks
 from lightning_accel.core.placement import Rest, Row, find_row
 from lightning_accel.core.pool import BufferPool
 from lightning_accel.core.reduction import Reduction
+from lightning_accel.core.registry import engines_of, register
 from lightning_accel.core.report import Report, StepCounts, measure
 from lightning_accel.core.residency import Residency
 from lightning_accel.core.roster import Roster
-from lightning_accel.core.structure import Structure, called_by_compiled_code, is_compiled
+from lightning_accel.core.structure import Structure, is_compiled
 from lightning_accel.core.unit import Unit
-
-_LINGER_S = 20.0
-"""How long a rank that exits waits for others that may still fetch its part of the parameters."""
-
-_engines: MutableMapping[nn.Parameter, weakref.ref[Engine]] = WeakIdKeyDictionary()
-"""The engine of each parameter."""
 
 
 class Engine:
@@ -114,7 +106,7 @@ class Engine:
         self.offload = Offload.of(offload, offload_dir, self.row)
         """What is kept away from the device."""
         self.module = module
-        for former in {id(e): e for e in (_engine_of(p) for p in module.parameters()) if e is not None}.values():
+        for former in engines_of(module):
             former.close()  # as when a cell of a notebook is run again
         self.collectives: Collectives = synchronise(module, group, device)
         """All ranks."""
@@ -144,7 +136,7 @@ class Engine:
             self._roster.rebuild(self.names, [], materialiser.run)
         self._buffers = BufferVersions(module)
         self._reduction = Reduction(self.row, self._roster, self.collectives, self._buffers)
-        self._gathers: dict[Unit, Callable[[], None]] = {}
+        self._arrivals = Arrivals(self.mesh.shard, self._note_compiled)
         self._hooks: dict[nn.Parameter, Any] = {}
         self._counts = StepCounts()
         self._stale = True  # units do not match the optimizers, or what is trainable
@@ -153,10 +145,7 @@ class Engine:
         self._synchronise = True
         self._in_backward = False
         self._watchers: list[weakref.WeakMethod[Callable[[], None]]] = []  # told of new layouts
-        for parameter in module.parameters():
-            _engines[parameter] = weakref.ref(self)
-        # Whoever exits first must not leave its peers waiting for a message that was never sent.
-        atexit.register(_wait_if_alive, weakref.ref(self))
+        register(self)
 
     # ------------------------------------------------------------------ set-up
 
@@ -255,10 +244,7 @@ class Engine:
         if self._closed:
             return
         if abandon:
-            for unit in self._gathers:
-                for parameter in unit.parameters:
-                    arrive(parameter)
-            self._gathers.clear()
+            self._arrivals.abandon()
             self.mesh.close()  # the others are told at once
         else:
             self._residency.before_update()  # others may read this rank's parts until here
@@ -279,9 +265,17 @@ class Engine:
         self._closed = True
 
     @property
+    def is_fetched_from(self) -> bool:
+        """Whether other ranks read this one's part of the parameters when they need it."""
+        return self._residency.is_active
+
+    @property
     def is_closed(self) -> bool:
         """Whether ``close`` was called."""
         return self._closed
+
+    def _note_compiled(self) -> None:
+        self.is_compiled = True
 
     def _require_open(self) -> None:
         if self._closed:
@@ -332,8 +326,7 @@ class Engine:
 
     def wait(self) -> None:
         """Wait until all parameters have the values of the last optimizer step."""
-        for wait in list(self._gathers.values()):
-            wait()
+        self._arrivals.wait()
         self._residency.settle()
 
     def full_parameters(
@@ -446,14 +439,17 @@ class Engine:
             for unit in optimizer.used_units:
                 with torch._C.DisableTorchFunctionSubclass():
                     torch.autograd.graph.increment_version(unit.parameters)
+        self._announce(optimizer.used_units)
+        self._counts.close_step(self)
+
+    def _announce(self, units: Sequence[Unit]) -> None:
+        """Let the other ranks have what this one has changed in its parts of some units."""
         if self.row.parameters is Rest.SHARDED:
             self._residency.after_update()
-        elif optimizer.sharded:
-            for unit in optimizer.used_units:
-                self._gather(unit)
+        elif self.row.optimizer_state is Rest.SHARDED:
+            self._arrivals.start(units)
             if self.is_compiled or is_compiled(self.module):
                 self.wait()  # compiled code sees no classes, and would be compiled again if they differed
-        self._counts.close_step(self)
 
     @contextmanager
     def changing(self) -> Iterator[None]:
@@ -476,30 +472,7 @@ class Engine:
         for unit in self.units:
             with torch._C.DisableTorchFunctionSubclass():
                 torch.autograd.graph.increment_version(unit.parameters)
-        if self.row.parameters is Rest.SHARDED:
-            self._residency.after_update()
-        elif self.row.optimizer_state is Rest.SHARDED:
-            for unit in self.units:
-                self._gather(unit)
-            if self.is_compiled or is_compiled(self.module):
-                self.wait()
-
-    def _gather(self, unit: Unit) -> None:
-        pending = self.mesh.shard.all_gather(unit.flat, unit.layout)
-
-        def wait() -> None:
-            if unit not in self._gathers:
-                return
-            # A compiled model that nobody has told the engine of; by the next step all is waited for in time.
-            self.is_compiled = self.is_compiled or called_by_compiled_code()
-            pending.wait()  # first: if it is interrupted, the next reader waits again
-            if self._gathers.pop(unit, None) is not None:
-                for parameter in unit.parameters:
-                    arrive(parameter)
-
-        self._gathers[unit] = wait
-        for parameter, name in zip(unit.parameters, unit.names, strict=True):
-            depart(parameter, name, wait)
+        self._announce(self.units)
 
     def clip_grad_norm_(
         self, optimizer: Optimizer, max_norm: float, norm_type: float = 2.0, error_if_nonfinite: bool = False
@@ -563,36 +536,3 @@ class Engine:
     def report(self) -> Report:
         """Bytes at rest by kind of state, and what the last optimizer step sent, as really allocated and sent."""
         return measure(self, self._counts, self._pool.peak_bytes, self._roster.gauge.peak)
-
-
-def engine_of(module: nn.Module) -> Engine:
-    """The engine that trains a module: the model that was set up, what Fabric made of it, or any part of it.
-
-    Raises:
-        ValueError: If there is none, or it was closed.
-
-    """
-    for parameter in module.parameters():
-        engine = _engine_of(parameter)
-        if engine is not None:
-            return engine
-    raise ValueError(
-        f"Expected a module that an engine trains, got a {type(module).__name__} that none does (any more). Set it up"
-        " first: trainer.fit(...), fabric.setup(...) or Engine(module, ...)."
-    )
-
-
-def _engine_of(parameter: nn.Parameter) -> Engine | None:
-    reference = _engines.get(parameter)
-    engine = None if reference is None else reference()
-    return None if engine is None or engine.is_closed else engine
-
-
-def _wait_if_alive(reference: weakref.ref[Engine]) -> None:
-    engine = reference()
-    if engine is not None and not engine._closed:
-        # A peer that has failed already is no news at exit.
-        with contextlib.suppress(RuntimeError, ValueError):
-            engine.wait()
-            if engine._residency.is_active and not hasattr(sys, "last_value"):  # not after an exception of this rank's
-                engine.mesh.shard.linger(_LINGER_S)

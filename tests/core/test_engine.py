@@ -528,10 +528,10 @@ def overlap(row):
     """Which units were launched before the last gradient arrived, and which were gathered at each block's forward."""
     engine, optimizer = started(row, lambda: Net(16, 4), bucket_cap_mb=0.001)
     train(engine, optimizer, 1)  # learn the order
-    launched, pending, before = [], [], len(engine._gathers)
+    launched, pending, before = [], [], len(engine._arrivals.waits)
     engine.module.first.weight.register_hook(lambda _: launched.append(engine._reduction._next))
     for block in engine.module.blocks:
-        block.register_forward_pre_hook(lambda *_: pending.append(len(engine._gathers)))
+        block.register_forward_pre_hook(lambda *_: pending.append(len(engine._arrivals.waits)))
     train(engine, optimizer, 1)
     return launched, before, pending, len(engine.units)
 

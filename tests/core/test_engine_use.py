@@ -4,6 +4,7 @@ import copy
 import gc
 import threading
 import weakref
+from unittest import mock
 
 import pytest
 import torch
@@ -84,10 +85,12 @@ def test_two_backwards_in_one_context(ranks2, row):
 
 
 def on_generic_collectives(row):
-    engine, optimizer = started(row, bucket_cap_mb=0.001)
-    before = engine.collectives
-    engine.collectives = engine._roster._collectives = TorchCollectives(before.device, before.group, before.group)
-    engine._residency._collectives = engine.collectives
+    def connect(device, group=None):
+        return TorchCollectives(device, group, group)
+
+    with mock.patch("lightning_accel.core.agreement.connect", connect):
+        engine, optimizer = started(row, bucket_cap_mb=0.001)
+    assert type(engine.mesh.shard) is TorchCollectives
     train(engine, optimizer, 3)
     alone = build(Net)
     reference = adamw(alone.parameters())
@@ -517,8 +520,8 @@ def test_a_closed_engine_leaves_nothing_behind(ranks2, row):
 def interrupted(row):
     engine, optimizer = started(row)
     train(engine, optimizer, 1)
-    unit = next(iter(engine._gathers))
-    unit_wait = engine._gathers[unit]
+    unit = next(iter(engine._arrivals.waits))
+    unit_wait = engine._arrivals.waits[unit]
     pending = unit_wait.__closure__[unit_wait.__code__.co_freevars.index("pending")].cell_contents
     real = pending.wait
     pending.wait = lambda: (_ for _ in ()).throw(KeyboardInterrupt())

@@ -18,8 +18,8 @@ from torch.utils.data import DataLoader, Dataset, DistributedSampler
 
 from lightning_accel.core import Engine
 from lightning_accel.core.collectives import Pending, Published
-from lightning_accel.core.engine import _engine_of
 from lightning_accel.core.layout import Layout
+from lightning_accel.core.registry import engines_of
 
 REPLICATED = ["ddp", "zero1", "zero2"]
 """Rows that have all parameters on every rank at all times: what reads or changes them between steps works there."""
@@ -183,9 +183,8 @@ class ArriveLate(pl.Callback):
 
 def values(module: nn.Module) -> dict[str, Tensor]:
     """Copies of all parameters; of whole ones, where they rest sharded and all ranks call this."""
-    engines = {engine for engine in map(_engine_of, module.parameters()) if engine is not None}
     with ExitStack() as stack:
-        for engine in engines:
+        for engine in engines_of(module):
             stack.enter_context(engine.full_parameters())
         return {name: parameter.detach().clone() for name, parameter in module.named_parameters()}
 
