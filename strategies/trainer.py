@@ -346,7 +346,12 @@ class AccelStrategy(DDPStrategy):
         if self.engine is not None:
             # After a failure nobody may answer any more.
             self.engine.close(abandon=self._failed)
+        module = self._lightning_module
+        if module is not None and has_meta(module):
+            # Setting up has failed. Lightning would move the module to the CPU, and that error would hide the cause.
+            self._lightning_module = None
         super().teardown()
+        self._lightning_module = module
 
     @classmethod
     @override

@@ -252,6 +252,7 @@ class Engine:
         for hook in self._hooks.values():
             hook.remove()
         self._hooks.clear()
+        self._roster.views.clear()  # they keep the memory of units
         for unit in self.units:
             unit.release(abandon=abandon)
         self._residency.detach()

@@ -206,7 +206,7 @@ class ParameterMemory:
             self.mine.copy_(self.buffer[slice(*self.part)])
 
     def release(self, *, abandon: bool) -> None:
-        """Leave the parameters to the module, with all values. All ranks take part where they rest sharded.
+        """Give the parameters memory of their own again. All ranks take part where they rest sharded.
 
         Args:
             abandon: Do not ask other ranks: parameters that rest sharded become NaN.
@@ -224,14 +224,15 @@ class ParameterMemory:
             return
         self.fetch()
         self.wait()
-        if self.is_sharded:  # the buffer is the module's now
-            self._gauge.change(-self._bytes)
-            return
         with torch.no_grad():
             for parameter, strides in zip(self.parameters, self.strides, strict=True):
                 parameter.data = torch.empty_strided(
                     parameter.shape, strides, dtype=parameter.dtype, device=parameter.device
                 ).copy_(parameter)
+        if self.is_sharded:  # one unit's at a time
+            self.buffer = self.buffer.new_empty(0)
+            self.views = []
+            self._gauge.change(-self._bytes)
 
 
 def give_memory(tensor: Tensor, memory: Tensor) -> None:

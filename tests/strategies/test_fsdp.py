@@ -207,6 +207,17 @@ def test_evaluation_of_a_model_on_the_meta_device(ranks2: Ranks, row: str) -> No
     assert all(value.isfinite().all() for value in one.values())
 
 
+def fail_on_meta() -> None:
+    module = Late(empty=True)
+    trainer(AccelFSDPStrategy(units=["nowhere"])).fit(module, loader())
+
+
+def test_an_error_in_setup_is_not_hidden_by_what_lightning_does_next(ranks2: Ranks) -> None:
+    for error in ranks2.run_expecting_error(fail_on_meta):
+        assert error is not None
+        assert "'nowhere' matches nothing" in error[1]
+
+
 def ones(part: nn.Module) -> None:
     for parameter in part.parameters(recurse=False):
         nn.init.constant_(parameter, 0.5)
