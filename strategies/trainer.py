@@ -135,6 +135,7 @@ class AccelStrategy(DDPStrategy):
         )
         self.engine = None
         self._failed = False
+        self._awaited: tuple[dict[str, Any], bool] | None = None  # values for a model that is on the meta device still
 
     # ---------------------------------------------------------------- plugins
 
@@ -216,6 +217,9 @@ class AccelStrategy(DDPStrategy):
             self.engine.build()
         else:
             synchronise(self.model)
+        if self._awaited is not None:
+            self.load_model_state_dict(*self._awaited)
+            self._awaited = None
         self.setup_precision_plugin()
         if fitting:
             _optimizers_to_device(self.optimizers, self.root_device)
@@ -309,6 +313,10 @@ class AccelStrategy(DDPStrategy):
 
     @override
     def load_model_state_dict(self, checkpoint: Mapping[str, Any], strict: bool = True) -> None:
+        """Load the model's values: of a model on the meta device when it has been set up and has memory for them."""
+        if self.lightning_module is not None and has_meta(self.lightning_module):
+            self._awaited = {"state_dict": checkpoint["state_dict"]}, strict
+            return
         with self._whole(writeback=True):
             super().load_model_state_dict(checkpoint, strict)
 

@@ -55,6 +55,10 @@ class _Absence:
     wait: Callable[[], None] | None
 
 
+class AbsenceError(RuntimeError):
+    """Values are needed that are not on this rank."""
+
+
 class AbsentParameter(nn.Parameter):
     """A parameter whose values are away. See [Note: absent parameters]."""
 
@@ -125,7 +129,7 @@ def _have(parameters: Sequence[AbsentParameter], doing: str) -> None:
             continue  # came together with one before it
         absence = parameter._absence
         if absence.wait is None:
-            raise RuntimeError(
+            raise AbsenceError(
                 f"Expected the values of {absence.name!r} to be needed within forward only, got {doing} while they"
                 " rest sharded over the ranks. Call the module that was set up (not a part of it), or wrap the access,"
                 " on every rank, in `with engine.full_parameters():` (the engine is trainer.strategy.engine, or"

@@ -2,12 +2,14 @@
 
 [Note: the same values]
 A module on the meta device has shapes and no values. Its parts are visited in the order in which constructors usually
-finish (children before their parent, in the order of registration), and each that has parameters or buffers of its own
-sets them by its ``reset_parameters``, with rank 0's random numbers. All ranks draw the same numbers and keep their part
-of the outcome, so nothing is sent. The values are those that the constructor would have drawn in a single process with
-the same seed, for models that set all values by ``reset_parameters`` (as the layers of torch do) and tie no parameters.
+finish (children before their parent, in the order of registration), and each that has a ``reset_parameters`` is reset
+by it, with rank 0's random numbers. All ranks draw the same numbers and keep their part of the outcome, so nothing is
+sent. The values are those that the constructor would have drawn in a single process with the same seed, for models
+whose constructors set all values by ``reset_parameters`` (as the layers of torch do), tie no parameters and copy no
+layers (copies draw values of their own here).
 
-A unit has memory from the first of its modules to the last. Then the rank's part is kept and the rest is freed.
+A unit has memory from the first of its modules to the last. Then the rank's part is kept and the rest is freed. So the
+``reset_parameters`` of a module may set parameters of its children within one unit only.
 """
 
 from __future__ import annotations
@@ -19,6 +21,7 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor, nn
 
+from lightning_accel.core.absent import AbsenceError
 from lightning_accel.core.collectives import Collectives
 from lightning_accel.core.parameter_memory import give_memory
 from lightning_accel.core.unit import Unit
@@ -50,7 +53,7 @@ class Materialiser:
         self._world = world
         self._init_fn = init_fn
         self._module = module
-        self._parts = [(name, part) for name, part in _children_first("", module) if _own(part)]
+        self._parts = [(name, part) for name, part in _children_first("", module) if _own(part) or _reset_of(part)]
         without = [
             f"{name or 'the model itself'} ({type(part).__name__}: {', '.join(_own(part))})"
             for name, part in self._parts
@@ -75,7 +78,8 @@ class Materialiser:
         """
         home: dict[Tensor, Unit] = {p: unit for unit in units if not unit.memory.is_open for p in unit.parameters}
         unset = {id(tensor) for tensor in _tensors(self._module) if tensor.is_meta}
-        visits = Counter(home[t] for _, part in self._parts for t in _own(part).values() if t in home)
+        visits = Counter(unit for _, part in self._parts for unit in self._held_by(part, home))
+        blank = set(unset)
         with self._same_random_numbers(), torch.no_grad():
             for name, part in self._parts:
                 own = _own(part)
@@ -84,11 +88,19 @@ class Materialiser:
                         self._have_memory(tensor, home.get(tensor))
                     self._initialise(name, part, {key: t for key, t in own.items() if id(t) in unset})
                     unset -= {id(tensor) for tensor in own.values()}
-                for tensor in own.values():
-                    if tensor in home:
-                        visits[home[tensor]] -= 1
-                        if not visits[home[tensor]]:
-                            home[tensor].memory.seal()
+                elif not own and self._init_fn is None and blank.issuperset(map(id, _tensors(part))):
+                    self._initialise(name, part, {})  # sets its children's
+                for unit in self._held_by(part, home):
+                    visits[unit] -= 1
+                    if not visits[unit]:
+                        unit.memory.seal()
+
+    @staticmethod
+    def _held_by(part: nn.Module, home: Mapping[Tensor, Unit]) -> set[Unit]:
+        """The units that must have memory when a module is initialised."""
+        below = {home[tensor] for tensor in part.parameters() if tensor in home}
+        own = {home[tensor] for tensor in _own(part).values() if tensor in home}
+        return below if len(below) == 1 else own
 
     def _have_memory(self, tensor: Tensor, unit: Unit | None) -> None:
         if unit is not None and not unit.memory.is_open:
@@ -107,9 +119,16 @@ class Materialiser:
         versions = {key: tensor._version for key, tensor in unset.items()}
         set_values = _reset_of(part) if self._init_fn is None else lambda: self._init_fn(part)  # type: ignore[misc]
         assert set_values is not None
-        set_values()
-        now = _own(part)
         where = f"{name or 'the model itself'} ({type(part).__name__})"
+        try:
+            set_values()
+        except AbsenceError as error:
+            raise ValueError(
+                f"Expected {where} to set parameters within one unit only, but it also sets those of others, which have"
+                " their values already and are sharded. Have each module set its own (or its unit's) parameters, or"
+                " give param_init_fn=..."
+            ) from error
+        now = _own(part)
         for key, tensor in own.items():
             if isinstance(tensor, nn.Parameter) and now.get(key) is not tensor:
                 raise ValueError(

@@ -356,9 +356,8 @@ class EngineOptimizer:
         for unit in self._units:
             unit.reconcile()
         self._require_reduced()
-        if self.direct:
-            for unit in self._units:
-                unit.show()  # a gradient that was assigned by hand now lies in its slot
+        for unit in self._units:
+            unit.show()  # a gradient that was assigned by hand now lies in its slot
 
     def _refine_segments(self) -> None:
         """Cut segments so that each is either updated as a whole or not at all in this step."""
@@ -375,7 +374,9 @@ class EngineOptimizer:
         groups = self.optimizer.param_groups
         shown = [group["params"] for group in groups]
         # On the CPU torch's fused kernels take one pass over memory where others take many.
-        unfused = [group for group in groups if self._offload.optimizer and _may_be_fused(group)]
+        unfused = []
+        if self._offload.optimizer and not any(segment.tensor.is_complex() for segment in active):
+            unfused = [group for group in groups if _may_be_fused(group)]
         try:
             for index, group in enumerate(groups):
                 group["params"] = [segment.tensor for segment in active if segment.group == index]
@@ -421,6 +422,8 @@ class EngineOptimizer:
         for unit in self._units:
             unit.reconcile()
         self._require_reduced()
+        for unit in self._units:
+            unit.show()  # else the step would take over again what was assigned by hand, unclipped
         found = []
         for unit in self._units:
             labelled = [

@@ -237,9 +237,13 @@ class ParameterMemory:
 
 def give_memory(tensor: Tensor, memory: Tensor) -> None:
     """Move a parameter or buffer from the meta device to ``memory``. It stays the same object, wherever it is held."""
+    # They live in what is swapped away, too; set again, they are installed anew.
+    hooks, post_hooks = tensor._backward_hooks, tensor._post_accumulate_grad_hooks
+    tensor._backward_hooks = tensor._post_accumulate_grad_hooks = None  # type: ignore[assignment]
     # What torch.utils.swap_tensors does, without its fear of weak references: they should follow the object, too.
     torch._C._swap_tensor_impl(tensor, memory.new_empty(0).requires_grad_(tensor.requires_grad))
     tensor.data = memory  # and not a view: it would share the version that autograd counts with all of the unit
+    tensor._backward_hooks, tensor._post_accumulate_grad_hooks = hooks, post_hooks
 
 
 def _dense_strides(parameter: Tensor) -> tuple[int, ...]:

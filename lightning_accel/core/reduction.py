@@ -79,7 +79,8 @@ class Reduction:
         self._boundary = boundary
         self.is_active = bool(units) and (boundary or self._row.accumulating is Rest.SHARDED)
         if self.is_active:
-            active = [any(p.requires_grad for p in unit.parameters) for unit in units]
+            # One copy's sum must become everyone's, even if nothing more comes to it.
+            active = [any(p.requires_grad for p in unit.parameters) or (boundary and unit.is_inside) for unit in units]
             self._active = [unit for unit, flag in zip(units, active, strict=True) if flag]
             self._next = 0
             self._patient = True
@@ -103,7 +104,8 @@ class Reduction:
             if self._patient:
                 self._in_flight.pop(0).finish()
         for earlier in self._in_flight:
-            earlier.advance_if_ready()
+            if not earlier.advance_if_ready():
+                break  # second phases start in the order of the first ones
         unit.reduce(boundary=self._boundary)
         self._in_flight.append(unit)
 

@@ -267,6 +267,7 @@ class Residency:
             yield
         finally:
             self._held.subtract(units)
+            self._held = +self._held  # a count of zero would keep the unit, and its memory
             if writeback and self.is_active:
                 self._collectives.fence().wait()
                 for unit in units:

@@ -177,7 +177,7 @@ class Roster:
         """Take a unit apart that belongs to no optimizer. Gradients that it has are kept."""
         unit.reconcile()
         for position, content in enumerate(unit.content):
-            if content is Content.LOCAL:
+            if content is Content.LOCAL or (content is Content.REDUCED and unit.is_inside):
                 raise RuntimeError(
                     f"Expected no accumulated gradients when parameters are given to an optimizer, but"
                     f" {unit.names[position]!r} has one. Call add_param_group or setup_optimizers after an optimizer"

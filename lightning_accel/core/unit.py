@@ -377,11 +377,13 @@ class Unit:
         assert self._reduction is not None
         self._reduction.advance()
 
-    def advance_if_ready(self) -> None:
-        """The same, unless that would mean to wait."""
+    def advance_if_ready(self) -> bool:
+        """The same, unless that would mean to wait; whether it did not."""
         assert self._reduction is not None
-        if self._reduction.is_ready():
+        ready = self._reduction.is_ready()
+        if ready:
             self._reduction.advance()
+        return ready
 
     def wait_briefly(self, seconds: float) -> bool:
         """Wait for a reduction no longer than ``seconds``. On CUDA nothing has to be waited for.

@@ -565,3 +565,41 @@ def test_after_an_error_in_an_operation_no_later_one_seems_to_succeed(ranks2):
     assert ours is not None
     assert theirs is not None
     ranks2.close()  # their messages are out of step
+
+
+def assigned_and_clipped(row):
+    engine, optimizer = started(row, optimizer=sgd)
+    alone = build(Net)
+    reference = sgd(alone.parameters())
+    xs, ys = data(1, dist.get_world_size())
+    engine.backward(mse(engine.module, my_share(xs[0]), my_share(ys[0])))
+    mse(alone, xs[0], ys[0]).backward()
+    for net in (engine.module, alone):
+        net.first.weight.grad = torch.full((13, 7), 2.0, dtype=torch.float64)
+    engine.clip_grad_norm_(optimizer, 0.5)
+    torch.nn.utils.clip_grad_norm_(alone.parameters(), 0.5)
+    optimizer.step()
+    reference.step()
+    return relative_error(values(engine), alone.parameters())
+
+
+@pytest.mark.parametrize("row", ROW_NAMES)
+def test_a_gradient_that_was_assigned_is_stepped_with_as_it_was_clipped(ranks2, row):
+    assert max(ranks2.run(assigned_and_clipped, row)) < EXACT
+
+
+def looked_at_and_laid_out_anew():
+    module = build(Net)
+    engine = Engine(module, "fsdp")
+    engine.build()
+    former = [weakref.ref(unit) for unit in engine.units]
+    with engine.full_parameters():
+        pass
+    engine.add_optimizer(torch.optim.Adafactor(module.parameters()))
+    engine.build()
+    gc.collect()
+    return sum(reference() is not None for reference in former)
+
+
+def test_units_that_were_looked_at_and_taken_apart_are_freed(ranks2):
+    assert ranks2.run(looked_at_and_laid_out_anew) == [0, 0]

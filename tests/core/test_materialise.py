@@ -207,6 +207,54 @@ def test_tied_parameters_stay_tied_and_have_the_values_of_the_first(ranks2):
         assert state.keys() == expected.keys()
 
 
+class Block(nn.Module):
+    """Sets its children's parameters in a way of its own."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.linear = nn.Linear(4, 4)
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        nn.init.normal_(self.linear.weight, std=0.02)
+
+
+def blocks():
+    return nn.Sequential(*(Block() for _ in range(3)))
+
+
+def transformer():
+    return nn.Transformer(8, 2, 2, 2, 12)
+
+
+@pytest.mark.parametrize(("row", "make"), [("fsdp", blocks), ("zero2", blocks)])
+def test_modules_that_set_their_childrens_parameters(ranks2, row, make):
+    expected = seeded(make).state_dict()
+    for state, _ in ranks2.run(started, row, make):
+        assert all(torch.equal(state[name], value) for name, value in expected.items())
+
+
+def whole_transformer():
+    Engine(on_meta(transformer), "fsdp")
+
+
+def hooked(row):
+    module = on_meta(Net)
+    calls = []
+    module.first.weight.register_hook(lambda g: calls.append("hook") or g * 2)
+    module.last.bias.register_post_accumulate_grad_hook(lambda _: calls.append("post"))
+    engine = Engine(module, row)
+    engine.add_optimizer(adamw(module.parameters()))
+    x, y = toy_data(1, dist.get_world_size(), torch.float32)
+    engine.backward(mse(module, my_share(x[0]), my_share(y[0])))
+    return sorted(calls)
+
+
+@pytest.mark.parametrize("row", ["ddp", "fsdp"])
+def test_hooks_on_parameters_stay(ranks2, row):
+    assert ranks2.run(hooked, row) == [["hook", "post"]] * 2
+
+
 class Scale(nn.Module):
     """Has no reset_parameters."""
 
@@ -275,6 +323,7 @@ def meta_on_one_rank():
         (without_init, (), r"these have none: scale \(Scale: gain, table\). Add the method, or give param_init_fn"),
         (with_init, (forgetful,), r"of scale \(Scale\) to be set by param_init_fn, but 'table' still had no values"),
         (with_init, (replacing,), r"of scale \(Scale\) to be set in place, but 'gain' was replaced"),
+        (whole_transformer, (), r"Expected the model itself \(Transformer\) to set parameters within one unit only"),
         (meta_on_one_rank, (), r"rank 1 has parameter 'first.weight': .*, without values"),
     ],
 )

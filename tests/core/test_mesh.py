@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from contextlib import nullcontext
 from unittest import mock
 
 import pytest
@@ -131,6 +132,46 @@ def test_a_step_on_one_copys_sum_is_refused(ranks4):
     for error in ranks4.run_expecting_error(step_too_early):
         assert error is not None
         assert "accumulated without synchronisation" in error[1]
+
+
+def laid_out_anew_within_a_window():
+    module = build(Net)
+    engine = Engine(module, "fsdp_hybrid", shard_size=2)
+    engine.add_optimizer(adamw(module.first.parameters()))
+    xs, ys = data(1, dist.get_world_size())
+    with engine.forward_context(), engine.no_sync():
+        engine.backward(mse(module, my_share(xs[0]), my_share(ys[0])))
+    engine.add_optimizer(torch.optim.Adafactor(module.blocks.parameters()))  # whole tensors: other parts
+    engine.build()
+
+
+def test_gradients_of_one_copy_are_not_lost_when_units_change(ranks4):
+    for error in ranks4.run_expecting_error(laid_out_anew_within_a_window):
+        assert error is not None
+        assert "Expected no accumulated gradients when parameters are given to an optimizer" in error[1]
+
+
+def frozen_within_a_window():
+    module, alone = build(Net), build(Net)
+    engine = Engine(module, "fsdp_hybrid", shard_size=2)
+    optimizer, reference = adamw(module.parameters()), adamw(alone.parameters())
+    engine.add_optimizer(optimizer)
+    xs, ys = data(2, dist.get_world_size())
+    for i in range(2):
+        mse(alone, xs[i], ys[i]).backward()
+        with engine.forward_context():
+            loss = mse(module, my_share(xs[i]), my_share(ys[i]))
+        with engine.no_sync() if i == 0 else nullcontext():
+            engine.backward(loss)
+        for net in (module, alone):
+            net.blocks[1].requires_grad_(False)
+    optimizer.step()
+    reference.step()
+    return relative_error(values(engine), alone.parameters())
+
+
+def test_a_block_that_is_frozen_within_a_window_is_stepped_with_what_it_has(ranks4):
+    assert max(ranks4.run(frozen_within_a_window)) < EXACT
 
 
 def counted(shard_size, accumulate):

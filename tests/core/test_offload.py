@@ -12,8 +12,9 @@ from unittest import mock
 import pytest
 import torch
 import torch.distributed as dist
+from torch import nn
 
-from core.toys import ROW_NAMES, Net, adamw, build, relative_error, sgd, train, train_alone, values
+from core.toys import ROW_NAMES, Net, adamw, build, compare, relative_error, sgd, train, train_alone, values
 from lightning_accel.core import ROWS, Engine
 from lightning_accel.core.offload import Offload, is_in_file
 
@@ -110,6 +111,24 @@ def test_training_equals_the_single_process(ranks2, tmp_path, row, offload, make
         assert tensors > 0
         assert calls == ["before", "after"] * 20
     assert list(folder.iterdir()) == [], "a file must not outlive the process that maps it"
+
+
+class Complex(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.linear = nn.Linear(7, 3)
+        self.gain = nn.ParameterList([nn.Parameter(torch.randn(3, dtype=torch.complex128))])
+
+    def forward(self, x):
+        return (self.linear(x) * self.gain[0]).real
+
+
+def complex_parameters():
+    return compare(Complex, "zero2", offload="optimizer")
+
+
+def test_complex_parameters(ranks2):  # torch's fused kernels do not take them
+    assert max(ranks2.run(complex_parameters)) < EXACT
 
 
 def in_host_memory(row, offload):

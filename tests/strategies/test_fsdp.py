@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from harness import Ranks
 from lightning_accel import engine_of
-from lightning_accel.strategies import AccelFSDPStrategy, fabric
+from lightning_accel.strategies import AccelDDPStrategy, AccelFSDPStrategy, fabric
 
 SETTINGS = {
     "hybrid": {"sharding": "hybrid", "shard_size": 2},
@@ -253,3 +253,53 @@ def test_mistakes_are_refused_at_once(kind: Any) -> None:
 def test_hybrid_is_registered() -> None:
     for suffix in ("", "_spawn", "_fork", "_notebook"):
         assert StrategyRegistry.get(f"accel_fsdp_hybrid{suffix}").row.hybrid
+
+
+def stop_and_continue_on_meta(strategy: Any, path: Path) -> tuple[dict[str, Tensor], float, float]:
+    """Two epochs, then two more of a new model on the meta device; and the losses of test before and after loading."""
+    torch.set_default_dtype(torch.float64)
+    try:
+        made = make_for(strategy, max_epochs=2)
+        torch.manual_seed(11)
+        made.fit(module := Late(empty=strategy is not None), loader())
+        made.save_checkpoint(path)
+        tested = made.test(module, loader(), verbose=False)[0]["test_loss"]
+        torch.manual_seed(99)  # values that must not survive
+        evaluated = make_for(strategy).test(Late(empty=strategy is not None), loader(), ckpt_path=path, verbose=False)[
+            0
+        ]["test_loss"]
+        make_for(strategy, max_epochs=4).fit(again := Late(empty=strategy is not None), loader(), ckpt_path=path)
+    finally:
+        torch.set_default_dtype(torch.float32)
+    return values(again), tested, evaluated
+
+
+def make_for(strategy: Any, **arguments: Any) -> Any:
+    if strategy is None:
+        return alone(**arguments)
+    kind = AccelDDPStrategy() if strategy == "ddp" else AccelFSDPStrategy(**strategy)
+    return trainer(kind, devices=dist.get_world_size(), **arguments)
+
+
+@pytest.mark.parametrize("strategy", ["ddp", {}, SETTINGS["hybrid"]], ids=["ddp", "full", "hybrid"])
+def test_checkpoints_load_into_models_on_the_meta_device(ranks4: Ranks, strategy: Any, tmp_path: Path) -> None:
+    expected, _, _ = stop_and_continue_on_meta(None, tmp_path / "alone.ckpt")
+    for result, tested, evaluated in ranks4.run(stop_and_continue_on_meta, strategy, tmp_path / "two.ckpt"):
+        assert_close(result, expected)
+        assert evaluated == pytest.approx(tested, rel=1e-12)
+
+
+def load_what_does_not_fit(path: Path) -> None:
+    made = trainer(AccelFSDPStrategy(), devices=dist.get_world_size())
+    module = Late(empty=True)
+    if dist.get_rank() == 0:
+        torch.save({"state_dict": {"net.9.weight": torch.ones(1)}, "pytorch-lightning_version": "2.6.0"}, path)
+    dist.barrier()
+    made.test(module, loader(), ckpt_path=path, verbose=False, weights_only=True)
+
+
+def test_a_checkpoint_that_does_not_fit_a_model_on_the_meta_device(ranks4: Ranks, tmp_path: Path) -> None:
+    for error in ranks4.run_expecting_error(load_what_does_not_fit, tmp_path / "other.ckpt"):
+        assert error is not None
+        assert "Missing key(s)" in error[1]
+        assert "Unexpected key(s)" in error[1]
