@@ -1,16 +1,25 @@
 """The bytes that the tensors of a rank take, from each allocation of a step to the next.
 
-[Note: memory timeline] Every allocation and release that torch's CPU allocator makes in any thread of the process, in
-order, as torch's profiler records them; nothing is sampled, so no peak is missed. They are added to the bytes that are
-alive at the step's start, found by the walk over all tensors that gives the bytes at rest. What comes from elsewhere
-than the allocator (our engine maps large buffers of rows that rest replicated into huge pages itself) is part of that
-walk, and has to stay throughout the step. A second walk at the step's end says whether it did: what the two walks and
-the allocator's record disagree by is kept as `unexplained`. Memory that only gloo or the kernel uses is not seen.
+[Note: memory timeline] Every allocation and release of torch's CPU allocator, in order, as torch's profiler records
+them: nothing is sampled, so no peak is missed. That holds for the copies that torch makes for gloo as well. They are
+added to the bytes that are alive at the step's start, found by the walk over all tensors that gives the bytes at rest.
+
+The profiler does not follow our engine's own threads; the only memory they take, receive buffers of reductions, is
+noted where they take it. What does not come from the allocator (our engine maps large buffers of rows that rest
+replicated into huge pages itself) is part of the walk, and has to stay throughout the step. A second walk at the step's
+end says whether it did: what the two walks and the record between them disagree by is kept as `unexplained`. Memory
+that never belongs to a tensor (gloo's, the kernel's) is not seen.
 """
 
-from collections.abc import Iterable, Sequence
+import sys
+import threading
+import time
+import weakref
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
+from unittest import mock
 
 import torch
 
@@ -57,10 +66,10 @@ class Timeline:
         """
         start = phases[0][1]
         moments, sizes = [0.0], [resting]
-        for time, change in sorted(changes, key=lambda item: item[0]):
-            moments.append(min(max((time - start) / (end - start), 0.0), 1.0))
+        for when, change in sorted(changes, key=lambda item: item[0]):
+            moments.append((when - start) / (end - start))
             sizes.append(sizes[-1] + change)
-        begins = [(name, (time - start) / (end - start)) for name, time in phases]
+        begins = [(name, (when - start) / (end - start)) for name, when in phases]
         return cls(moments=moments, sizes=sizes, phases=begins, unexplained=rested - sizes[-1])
 
     @property
@@ -86,7 +95,7 @@ class Timeline:
 
 
 class Recorder:
-    """Held around one step of a peer, it leaves the `timeline`. See [Note: memory timeline].
+    """Has a peer train a lead-in step and one more, and leaves the `timeline` of that. See [Note: memory timeline].
 
     Args:
         peer: Drives its own loop: forward, `Peer.backward`, and after the last one the optimizer.
@@ -96,43 +105,59 @@ class Recorder:
 
     def __init__(self, peer: "Peer") -> None:
         self._peer = peer
+        self._changes: list[tuple[int, int]] = []
 
-    def __enter__(self) -> "Recorder":
+    def run(self) -> None:
+        """Train the two steps."""
         peer, backward = self._peer, self._peer.backward
 
         def marked(loss: torch.Tensor) -> None:
             with torch.profiler.record_function(_MARK + "backward"):
                 backward(loss)
 
-        peer.backward = marked  # type: ignore[method-assign]
-        self._resting = sum(peer.count().values())
-        self._profile = torch.profiler.profile(
-            activities=[torch.profiler.ProfilerActivity.CPU],
-            profile_memory=True,
-            # The threads that reduce take memory too.
-            experimental_config=torch._C._profiler._ExperimentalConfig(profile_all_threads=True),
-        )
-        self._profile.__enter__()
-        self._step = torch.profiler.record_function(_MARK + "step")
-        self._step.__enter__()
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self._step.__exit__(None, None, None)
-        self._profile.__exit__(None, None, None)
-        del self._peer.backward  # the class's own again
-        changes, backwards, step = [], [], None
-        results: Any = self._profile.profiler.kineto_results  # type: ignore[union-attr]
+        activities = [torch.profiler.ProfilerActivity.CPU]
+        with torch.profiler.profile(activities=activities, profile_memory=True) as profile, self._other_threads():
+            peer.step()  # the allocator tells of a release only if it has told of the allocation
+            resting = sum(peer.count().values())
+            peer.backward = marked  # type: ignore[method-assign]
+            with torch.profiler.record_function(_MARK + "step"):
+                peer.step()
+            del peer.backward  # the class's own again
+            rested = sum(peer.count().values())
+        backwards, step = [], (0, 0)
+        results: Any = profile.profiler.kineto_results  # type: ignore[union-attr]
         for event in results.events():
             if event.name() == "[memory]":
-                changes.append((event.start_ns(), event.nbytes()))
+                self._changes.append((event.start_ns(), event.nbytes()))
             elif event.name() == _MARK + "backward":
                 backwards.append((event.start_ns(), event.end_ns()))
             elif event.name() == _MARK + "step":
                 step = event.start_ns(), event.end_ns()
-        assert step is not None
         phases = [("forward", step[0])]
-        for index, (start, end) in enumerate(backwards, 1):
+        for index, (start, end) in enumerate(sorted(backwards), 1):
             phases += [("backward", start), ("optimizer" if index == len(backwards) else "forward", end)]
-        rested = sum(self._peer.count().values())
-        self.timeline = Timeline.of(self._resting, changes, phases, end=step[1], rested=rested)
+        changes = [(when, change) for when, change in self._changes if step[0] <= when <= step[1]]
+        self.timeline = Timeline.of(resting, changes, phases, end=step[1], rested=rested)
+
+    @contextmanager
+    def _other_threads(self) -> Iterator[None]:
+        """Within it, what our engine's threads take is noted too: the receive buffers of reductions."""
+        collectives = sys.modules.get("lightning_accel.core.collectives")
+        if collectives is None:
+            yield
+            return
+        borrow = collectives.GlooCollectives._borrow
+
+        def noted(owner: Any, numel: int, like: torch.Tensor) -> torch.Tensor:
+            before = {id(kept) for kept in owner._scratch}
+            buffer: torch.Tensor = borrow(owner, numel, like)
+            if id(buffer) not in before and threading.current_thread() is not threading.main_thread():
+                self._note(buffer.nbytes)
+                weakref.finalize(buffer, self._note, -buffer.nbytes)
+            return buffer
+
+        with mock.patch.object(collectives.GlooCollectives, "_borrow", noted):
+            yield
+
+    def _note(self, change: int) -> None:
+        self._changes.append((time.time_ns(), change))

@@ -127,7 +127,7 @@ def _serve(spec: "Spec", post: Post, pipe: Connection) -> None:
             answer = collectives.counts
         elif command == "timeline":
             recorder = Recorder(peer)
-            peer.run(1, recorder)
+            recorder.run()
             answer = recorder.timeline
         elif command == "losses":
             answer = peer.history
