@@ -320,6 +320,9 @@ class Engine:
         if torch.is_grad_enabled():
             self._structure.require_unchanged(self._roster.views)
             self._refresh()
+            if not self._in_backward:
+                for unit in self.units:
+                    unit.drop_unused()
         self.build()
 
     def _refresh(self) -> None:

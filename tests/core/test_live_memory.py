@@ -19,6 +19,8 @@ from lightning_accel.core.unit import Unit
 BLOCKS, LINEARS, STEPS = 8, 4, 5
 SMALL = 2**15
 """More than the activations of one row of numbers (two for each linear layer), masks and scalars."""
+SET_UP = 1024
+"""More than what a message between ranks may leave for a moment."""
 PADDED = 1.01
 """More than the size of a unit with its padding, over that without."""
 
@@ -135,11 +137,12 @@ def test_a_rank_rests_with_its_part_and_nothing_else(watches: list[Watch], width
     if width == 128:
         assert padding == [{"parameters": 0, "gradients": 0}] * 2
         for watch in watches:
-            assert watch.started == 4 * parameters / 2
+            assert 0 <= watch.started - 4 * parameters / 2 < SET_UP
             assert watch.rested == [16 * parameters / 2 + watch.counters] * STEPS
     else:
         assert sum(pad["parameters"] for pad in padding) > 0
-        assert sum(watch.started for watch in watches) == 4 * parameters + sum(pad["parameters"] for pad in padding)
+        started = sum(watch.started for watch in watches) - sum(pad["parameters"] for pad in padding)
+        assert 0 <= started - 4 * parameters < 2 * SET_UP
         extra = sum(sum(pad.values()) for pad in padding) + sum(watch.counters for watch in watches)
         for step in range(STEPS):
             assert sum(watch.rested[step] for watch in watches) == 16 * parameters + extra
