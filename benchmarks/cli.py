@@ -3,14 +3,16 @@
 import argparse
 import os
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from datetime import datetime, timezone
 from pathlib import Path
+from typing import Any
 
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
-from benchmarks import environment, render
+from benchmarks import environment, memory, render
 from benchmarks.config import Config
 from benchmarks.models import MODELS
 from benchmarks.peers import PEERS, REFERENCE, Spec, choose
@@ -25,6 +27,7 @@ examples:
   python -m benchmarks --accumulate 4                four micro-batches per optimizer step
   python -m benchmarks --peers trainer_ddp,trainer_accel_ddp --reference trainer_ddp
                                                      the Trainer with its own strategy and with ours
+  python -m benchmarks --memory --warmup 1           the memory of every moment of a step, ours beside FSDP2's
   python -m benchmarks --list                        what can be compared, and what cannot run here, and why
 
 The exit status is 1 if a rank fails or if the losses of a peer are wrong.
@@ -41,12 +44,16 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if sys.platform != "linux":
         parser.error("memory and wire are measured with the Linux kernel's counters; this is " + sys.platform)
     console = Console()
+    default = memory.DEFAULT_PEERS if options.memory else tuple(PEERS)
+    names = default if options.peers is None else [name.strip() for name in options.peers.split(",") if name.strip()]
     try:
-        specs = choose([name.strip() for name in options.peers.split(",") if name.strip()])
+        specs = choose(list(names))
         choose([options.reference])
     except ValueError as error:
         parser.error(str(error))
-    obstacles = {spec.name: spec.obstacle("cpu") for spec in specs}
+    obstacles = {
+        spec.name: spec.obstacle("cpu") or (memory.obstacle(spec) if options.memory else None) for spec in specs
+    }
     if options.list:
         console.print(render.peer_list(specs, obstacles))
         return 0
@@ -66,6 +73,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
         steps=options.steps or size.steps,
     )
     header = environment.describe() | {"config": config.public(), "reference": reference}
+    now = datetime.now(timezone.utc)
+    out = options.out or Path(__file__).parent / "results" / f"{now:%Y%m%d-%H%M%S}-{config.model}"
+    if options.memory:
+        return _record_memory(console, header, config, able, out)
     try:
         measured = {result.name: result for result in _measure(config, able, reference, options.together)}
     except RankFailed as failure:
@@ -77,8 +88,6 @@ def main(arguments: Sequence[str] | None = None) -> int:
         for spec in specs
     ]
     console.print(render.tables(header, results))
-    now = datetime.now(timezone.utc)
-    out = options.out or Path(__file__).parent / "results" / f"{now:%Y%m%d-%H%M%S}-{config.model}"
     out.mkdir(parents=True, exist_ok=True)
     render.write_jsonl(out / "results.jsonl", header, results)
     (out / "table.md").write_text(render.markdown(header, results))
@@ -90,7 +99,31 @@ def main(arguments: Sequence[str] | None = None) -> int:
     return 1 if wrong else 0
 
 
+def _record_memory(console: Console, header: dict[str, Any], config: Config, specs: Sequence[Spec], out: Path) -> int:
+    """Record one step of each peer; return the exit status."""
+    try:
+        with _progress() as report:
+            results = memory.record(config, specs, report)
+    except RankFailed as failure:
+        print(failure, file=sys.stderr)
+        return 1
+    console.print(memory.table(header, results))
+    out.mkdir(parents=True, exist_ok=True)
+    memory.write_jsonl(out / "memory.jsonl", header, results)
+    (out / "memory.md").write_text(memory.markdown(header, results))
+    memory.draw(out / "memory.png", header, results)
+    console.print(f"memory.jsonl, memory.md and memory.png are in {out}", soft_wrap=True)
+    return 0
+
+
 def _measure(config: Config, specs: Sequence[Spec], reference: str, together: int | None) -> list[PeerResult]:
+    with _progress() as report, Runner(config, specs, reference, report, together) as runner:
+        return runner.run()
+
+
+@contextmanager
+def _progress() -> Iterator[Callable[[str, int, int], None]]:
+    """A bar, and what tells it how far the work is."""
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
     with Progress(*columns, console=Console(stderr=True)) as bar:
         task = bar.add_task("")
@@ -98,10 +131,8 @@ def _measure(config: Config, specs: Sequence[Spec], reference: str, together: in
         def report(what: str, done: int, pieces: int) -> None:
             bar.update(task, description=what, completed=done, total=pieces)
 
-        with Runner(config, specs, reference, report, together) as runner:
-            results = runner.run()
+        yield report
         bar.update(task, description="measured", completed=bar.tasks[0].total)
-    return results
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -112,7 +143,11 @@ def _parser() -> argparse.ArgumentParser:
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     add = parser.add_argument
-    add("--peers", default=",".join(PEERS), metavar="A,B,C", help=f"out of {', '.join(PEERS)} (default: all)")
+    add(
+        "--peers",
+        metavar="A,B,C",
+        help=f"out of {', '.join(PEERS)} (default: all; with --memory {', '.join(memory.DEFAULT_PEERS)})",
+    )
     add(
         "--reference",
         default=REFERENCE,
@@ -131,6 +166,11 @@ def _parser() -> argparse.ArgumentParser:
         "--quick",
         action="store_true",
         help=f"unless given: {QUICK.model}, {QUICK.rounds} rounds of {QUICK.steps} steps",
+    )
+    add(
+        "--memory",
+        action="store_true",
+        help="instead of all else: the bytes of all tensors at every moment of one step, as a table and a chart",
     )
     add("--out", type=Path, metavar="DIR", help="where to write (default: a new folder in benchmarks/results)")
     add("--list", action="store_true", help="list the peers and whether they run here, and stop")

@@ -33,7 +33,7 @@ COLUMNS = (
     "losses",
 )
 
-_FAMILY_COLOURS = {"baseline": "#c3c7cf", "torch": "#7d8797", "lightning": "#a890c4", "accel": "#6a35c9"}
+FAMILY_COLOURS = {"baseline": "#c3c7cf", "torch": "#7d8797", "lightning": "#a890c4", "accel": "#6a35c9"}
 _KIND_COLOURS = {"parameters": "#3b6fb6", "gradients": "#e9a23b", "optimizer": "#3f9b7a", "other": "#c3c7cf"}
 
 
@@ -165,7 +165,7 @@ def draw(path: Path, header: Mapping[str, Any], results: Sequence[PeerResult]) -
     shown = [result for result in results if result.obstacle is None]
     places = range(len(shown))
     names = [result.name for result in shown]
-    colours = [_FAMILY_COLOURS[result.family] for result in shown]
+    colours = [FAMILY_COLOURS[result.family] for result in shown]
     style: Any = {"font.size": 9, "axes.spines.top": False, "axes.spines.right": False, "axes.spines.left": False}
     with plt.rc_context(style):
         figure, (time, rest, wire) = plt.subplots(

@@ -90,6 +90,7 @@ def _serve(spec: "Spec", post: Post, pipe: Connection) -> None:
     import torch.distributed as dist
 
     from benchmarks import measure
+    from benchmarks.timeline import Recorder
 
     torch.set_num_threads(post.threads)
     dist.init_process_group(
@@ -124,6 +125,10 @@ def _serve(spec: "Spec", post: Post, pipe: Connection) -> None:
             collectives = measure.Collectives()
             peer.run(steps, collectives)
             answer = collectives.counts
+        elif command == "timeline":
+            recorder = Recorder(peer)
+            recorder.run()
+            answer = recorder.timeline
         elif command == "losses":
             answer = peer.history
         elif command == "peak":

@@ -186,6 +186,10 @@ class Collectives(ABC):
         """Wait, at most so long, until nobody fetches what this rank published: the others wait here, too."""
         return
 
+    def trim(self) -> None:
+        """Free memory that is kept for later operations. None that needs it may be under way."""
+        return
+
     def close(self) -> None:
         """Free what belongs to this object only; the process group still works. Nothing may be under way."""
         return
@@ -259,6 +263,10 @@ class GlooCollectives(Collectives):
         # Fetches and reductions are counted apart: which comes first may differ between ranks.
         self._operations = {False: 0, True: 0}
         self._scratch: list[Tensor] = []
+
+    @override
+    def trim(self) -> None:
+        self._scratch.clear()
 
     @override
     def reduce_scatter(self, buffer: Tensor, layout: Layout, out: Tensor) -> Pending:

@@ -273,13 +273,17 @@ def _serve(jobs: queue.SimpleQueue[_Job | None], threads: int) -> None:
     torch.set_num_threads(threads)  # per thread: the default is all cores
     while (taken := jobs.get()) is not None:
         job, future = taken
+        failure: BaseException | None = None
         try:
             job()
         except BaseException as error:  # handed to whoever waits
-            future.set_exception(error)
-        else:
+            failure = error
+        del job, taken  # before its end is known: then nothing that it needed is held here any more
+        if failure is None:
             future.set_result(None)
-        del job, future, taken
+        else:
+            future.set_exception(failure)
+        del future, failure
 
 
 class _Range(ctypes.Structure):

@@ -127,7 +127,7 @@ class Engine:
         """Whether the module is called by compiled code that is not part of it."""
         self.optimizers: list[EngineOptimizer] = []
         self._structure = Structure(module)
-        self._pool = BufferPool()
+        self._pool = BufferPool(keeps=self.row.parameters is Rest.REPLICATED)
         cap_bytes = int(bucket_cap_mb * 2**20)
         on_host = self.offload.parameters
         self._roster = Roster(self.row, self.blocks, cap_bytes, self.mesh, self._pool, on_host=on_host)
@@ -315,6 +315,9 @@ class Engine:
         if torch.is_grad_enabled():
             self._structure.require_unchanged(self._roster.views)
             self._refresh()
+            if not self._in_backward:
+                for unit in self.units:
+                    unit.drop_unused()
         self.build()
 
     def _refresh(self) -> None:
@@ -377,6 +380,8 @@ class Engine:
             with self._residency.backward():
                 yield
             self._reduction.finish()
+            if self._residency.is_active:
+                self.mesh.trim()  # rows that are chosen for their memory keep none that the next backward can take anew
             for unit in self.units:
                 unit.learn()
                 unit.show()

@@ -79,6 +79,12 @@ class Mesh:
         layout = Layout((), even_cuts(part.numel(), self.replicate.ranks))
         return self.replicate.all_reduce_after(first, part, layout)
 
+    def trim(self) -> None:
+        """Free memory that is kept for later operations. Nothing may be under way."""
+        for part in (self.shard, self.replicate):
+            if part is not None:
+                part.trim()
+
     def close(self) -> None:
         """Free what belongs to the mesh only; the world's process group still works."""
         for part in (self.shard, self.replicate):

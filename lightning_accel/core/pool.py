@@ -10,9 +10,16 @@ from lightning_accel.core.memory import zeros
 
 
 class BufferPool:
-    """Full-size gradient buffers that units borrow for one backward."""
+    """Full-size gradient buffers that units borrow for one backward.
 
-    def __init__(self) -> None:
+    Args:
+        keeps: Whether buffers are kept when none is lent. Otherwise they are freed then: no gradient buffer stays
+            between steps.
+
+    """
+
+    def __init__(self, *, keeps: bool = True) -> None:
+        self._keeps = keeps
         self._free: list[Tensor] = []
         self._lent = 0
         self.peak_bytes = 0
@@ -27,7 +34,8 @@ class BufferPool:
             small = [i for i, t in enumerate(self._free) if t.dtype == dtype]
             if small:
                 self._free.pop(small[0])
-            buffer = zeros(numel, dtype, device)
+            make = zeros if self._keeps else _short_lived
+            buffer = make(numel, dtype, device)
         self._lent += nbytes(buffer)
         self.peak_bytes = max(self.peak_bytes, self._lent + sum(map(nbytes, self._free)))
         return buffer
@@ -40,3 +48,10 @@ class BufferPool:
         """Make a borrowed buffer available again."""
         self._lent -= nbytes(buffer)
         self._free.append(buffer)
+        if not self._keeps and not self._lent:
+            self.clear()
+
+
+def _short_lived(numel: int, dtype: torch.dtype, device: torch.device) -> Tensor:
+    """From the allocator, which has it at hand again for the next backward."""
+    return torch.zeros(numel, dtype=dtype, device=device)

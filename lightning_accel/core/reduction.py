@@ -19,6 +19,14 @@ message on the host at the end of each reducing backward.
 Readiness is a count of gradient arrivals: reentrant checkpointing delivers a parameter's gradient in several parts. How
 many to expect is learned from the last backward. One that arrives after its unit was launched is kept aside, and the
 ranks agree on one more reduction for that unit.
+
+[Note: borrowed gradients]
+Rows that borrow gradient buffers bound them by the number of reductions under way: one more unit's launch waits for the
+oldest. Where parameters rest replicated there may be two, besides the unit that fills: three units of gradients, and a
+reduction has the backward of two units to complete. Where they rest sharded there may be one, so two units of gradients
+in all, just as two units of parameters are there at once: these rows are chosen for their memory, and the one reduction
+still has the backward of a whole unit to complete. In both, a rank that finds another one late by ``_PATIENCE_S`` waits
+for nobody else in that backward, and borrows as many buffers as it takes.
 """
 
 from __future__ import annotations
@@ -31,9 +39,9 @@ from lightning_accel.core.placement import Rest, Row
 from lightning_accel.core.roster import Roster
 from lightning_accel.core.unit import Unit
 
-_IN_FLIGHT = 2
-"""Reductions under way at once in rows that borrow gradient buffers, to bound that memory: one more unit's launch waits
-for the oldest, which has had the backward of two units to complete."""
+_IN_FLIGHT = {Rest.REPLICATED: 2, Rest.SHARDED: 1}
+"""Reductions under way at once in rows that borrow gradient buffers, by where parameters rest. See [Note: borrowed
+gradients]."""
 _PATIENCE_S = 1.0
 """How long, at most and once in a backward: a rank that takes longer may itself be waiting for this one."""
 
@@ -99,7 +107,8 @@ class Reduction:
         unit = self._active[self._next]
         self._next += 1
         self._check_pattern()
-        if self._row.accumulating is Rest.SHARDED and len(self._in_flight) >= _IN_FLIGHT and self._patient:
+        most = _IN_FLIGHT[self._row.parameters]
+        if self._row.accumulating is Rest.SHARDED and len(self._in_flight) >= most and self._patient:
             self._patient = self._in_flight[0].wait_briefly(_PATIENCE_S)
             if self._patient:
                 self._in_flight.pop(0).finish()

@@ -86,6 +86,7 @@ class Residency:
         self._calls: list[_Call] = []  # of blocks that are in forward just now, the innermost last
         self._backwards = 0
         self._open: Counter[nn.Module] = Counter()  # calls whose backward has begun and not ended
+        self._postponed: nn.Module | None = None  # a block in backward, whose successor is yet to be prefetched
         self._held: Counter[Unit] = Counter()  # by those who are in ``everything``; their forwards free nothing
         self._hooks: list[Any] = []
         if self.is_active:
@@ -201,6 +202,7 @@ class Residency:
         self.in_backward = True
         self._backwards += 1
         self._open.clear()
+        self._postponed = None
         self._running = []
         try:
             yield
@@ -220,7 +222,11 @@ class Residency:
             self._open[call.block] += 1
             self._running.append(call.block)
             self._bring(call.block)
-            self._prefetch(call.block, backward=True)
+            self._postponed = call.block
+            if not any(count for block, count in self._open.items() if block is not call.block):
+                self._prefetch_postponed()
+            # Else the block before may be about to hear that this same gradient, of its input, is there. It is freed
+            # first, or three blocks would be there for a moment.
 
     def _input_has_gradient(self, call: _Call) -> None:
         number, count = call.arrived
@@ -230,6 +236,12 @@ class Residency:
             self._open[call.block] -= 1
             if not self._open[call.block] and self.in_backward:
                 self._let_go(self._units.get(call.block, ()))
+        self._prefetch_postponed()
+
+    def _prefetch_postponed(self) -> None:
+        block, self._postponed = self._postponed, None
+        if block is not None and self.in_backward:
+            self._prefetch(block, backward=True)
 
     # -------------------------------------------------------------------- step
 

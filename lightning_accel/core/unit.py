@@ -191,6 +191,12 @@ class Unit:
             elif shown is not self._placeholders.get(position) and not self._is_view(shown, position):
                 self._take_over(position, shown)
 
+    def drop_unused(self) -> None:
+        """Free the memory of gradients that were all set to None, in rows that are chosen for their memory."""
+        if self._row.parameters is Rest.SHARDED and all(parameter.grad is None for parameter in self.parameters):
+            self.reconcile()
+            self.rest = None
+
     def _is_view(self, shown: Tensor, position: int) -> bool:
         return bool(self._grad_views) and shown is self._grad_views[position]
 

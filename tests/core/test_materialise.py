@@ -12,7 +12,7 @@ import torch
 import torch.distributed as dist
 from torch import nn
 
-from core.toys import ROW_NAMES, Net, Tanh, adamw, mse, my_share, relative_error, train_alone, values
+from core.toys import ROW_NAMES, Net, Tanh, adamw, live_bytes, mse, my_share, relative_error, train_alone, values
 from core.toys import data as toy_data
 from lightning_accel.core import Engine
 from lightning_accel.core.absent import AbsentParameter
@@ -112,14 +112,6 @@ def trained_in_double(row, make_optimizer):
         return trained(row, make_optimizer)
     finally:
         torch.set_default_dtype(torch.float32)
-
-
-def live_bytes():
-    """Memory behind all tensors of this process. (What the system says depends on the heap's holes and huge pages.)"""
-    with torch._C.DisableTorchFunctionSubclass():
-        tensors = [t for t in gc.get_objects() if issubclass(type(t), torch.Tensor) and not t.is_meta]
-        storages = [tensor.untyped_storage() for tensor in tensors]
-    return sum({storage.data_ptr(): storage.nbytes() for storage in storages}.values())
 
 
 class Watched(ParameterMemory):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import gc
 from collections.abc import Callable, Iterable
 from typing import Any
 
@@ -69,6 +70,18 @@ def relative_error(ours: Iterable[Tensor], theirs: Iterable[Tensor]) -> float:
     """The largest difference of two parameter lists, each relative to the norm of the second."""
     pairs = [(a.detach(), b.detach()) for a, b in zip(ours, theirs, strict=True) if b.numel()]
     return max(float((a - b).norm() / b.norm().clamp_min(1e-30)) for a, b in pairs)
+
+
+def live_bytes() -> int:
+    """Memory behind all tensors of this process. (What the system says depends on the heap's holes and huge pages.)"""
+    with torch._C.DisableTorchFunctionSubclass():
+        tensors = [t for t in gc.get_objects() if issubclass(type(t), Tensor) and not t.is_meta]
+        storages = [tensor.untyped_storage() for tensor in tensors]
+    sizes: dict[int, int] = {}
+    for storage in storages:
+        with contextlib.suppress(RuntimeError):  # of a placeholder: it has no memory, and no address
+            sizes[storage.data_ptr()] = storage.nbytes()
+    return sum(sizes.values())
 
 
 def sgd(parameters: Any) -> torch.optim.Optimizer:
