@@ -193,7 +193,8 @@ class Unit:
 
     def drop_unused(self) -> None:
         """Free the memory of gradients that were all set to None, in rows that are chosen for their memory."""
-        if self._row.parameters is Rest.SHARDED and all(parameter.grad is None for parameter in self.parameters):
+        resting = self._row.parameters is Rest.SHARDED and self.grad is None  # not just a part of a whole buffer
+        if resting and all(parameter.grad is None for parameter in self.parameters):
             self.reconcile()
             self.rest = None
 
