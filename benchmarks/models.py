@@ -28,6 +28,7 @@ class Shape:
 MODELS = {
     # 4,096 tokens make the two untied tables 4.2M parameters, which brings six blocks of 3.15M to 23.2M.
     "gpt-23m": Shape(vocabulary=4096, dim=512, layers=6, heads=8, sequence=128, micro_batch=4),
+    "gpt-80m": Shape(vocabulary=4096, dim=768, layers=10, heads=12, sequence=128, micro_batch=4),
     "gpt-tiny": Shape(vocabulary=256, dim=64, layers=2, heads=4, sequence=32, micro_batch=2),
 }
 
