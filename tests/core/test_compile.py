@@ -12,6 +12,7 @@ from core.test_recompute import Deep, RichNet
 from core.toys import Net, Tanh, adamw, build, data, my_share, relative_error, values
 from lightning_accel.core import Engine
 from lightning_accel.core.recompute import recompute
+from rows import everyday
 
 EXACT = 1e-12  # double precision; see test_engine.py
 ROWS = ["ddp", "zero2", "fsdp", "fsdp_partial"]
@@ -106,7 +107,7 @@ def require_no_recompilation(counts, style):
 
 
 @pytest.mark.parametrize("recomputing", [False, True], ids=["kept", "recomputed"])
-@pytest.mark.parametrize("row", ROWS)
+@pytest.mark.parametrize("row", everyday(ROWS))
 def test_the_losses_of_eager_code_and_nothing_compiled_again(ranks2, row, recomputing):
     for found in ranks2.run(styles, row, "aot_eager", Net, recomputing):
         for style, (error, counts) in found.items():

@@ -27,6 +27,7 @@ from lightning_accel.core import ROWS, Engine, Rest
 from lightning_accel.core.layout import ALIGNMENT
 from lightning_accel.core.placeholder import ShardedGradient
 from lightning_accel.core.unit import Content
+from rows import everyday
 
 # Two runs in double precision that differ only in the order of sums: rounding gives about 1e-16, a bug far more.
 EXACT = 1e-12
@@ -45,7 +46,7 @@ def started(row, make=Net, optimizer=adamw, **options):
 
 
 @pytest.mark.parametrize("world", [1, 2, 3], indirect=True)
-@pytest.mark.parametrize("row", ROW_NAMES)
+@pytest.mark.parametrize("row", everyday(ROW_NAMES))
 @pytest.mark.parametrize("accumulate", [1, 3])
 def test_training_equals_the_single_process(world, row, accumulate):
     assert max(world.run(compare, Net, row, accumulate=accumulate, bucket_cap_mb=0.001)) < EXACT
@@ -67,7 +68,7 @@ def many_groups(parameters):
     )
 
 
-@pytest.mark.parametrize("row", ROW_NAMES)
+@pytest.mark.parametrize("row", everyday(ROW_NAMES))
 def test_parameter_groups(ranks3, row):
     assert max(ranks3.run(compare, Net, row, many_groups)) < EXACT
 
@@ -98,7 +99,7 @@ class Odd(nn.Module):
         return self.last(x)
 
 
-@pytest.mark.parametrize("row", ROW_NAMES)
+@pytest.mark.parametrize("row", everyday(ROW_NAMES))
 @pytest.mark.parametrize("world", [2, 3], indirect=True)
 def test_odd_parameters(world, row):
     assert max(world.run(compare, Odd, row, sgd, bucket_cap_mb=0.0005)) < EXACT
@@ -132,7 +133,7 @@ def two_dtypes(row):
     return dtypes, moved, all(values == everyone[0] for values in everyone)
 
 
-@pytest.mark.parametrize("row", ROW_NAMES)
+@pytest.mark.parametrize("row", everyday(ROW_NAMES))
 def test_parameters_of_two_dtypes(ranks2, row):
     for dtypes, moved, same in ranks2.run(two_dtypes, row):
         assert dtypes == {torch.float64, torch.bfloat16}
@@ -148,7 +149,7 @@ def reentrant(module, x, y):
     return ((module.last(x) - y) ** 2).mean()
 
 
-@pytest.mark.parametrize("row", ROW_NAMES)
+@pytest.mark.parametrize("row", everyday(ROW_NAMES))
 @pytest.mark.parametrize("accumulate", [1, 2])
 def test_gradients_that_arrive_in_parts(ranks2, row, accumulate):
     assert max(ranks2.run(compare, Net, row, loss=reentrant, accumulate=accumulate, bucket_cap_mb=0.0005)) < EXACT
@@ -164,7 +165,7 @@ def late_rounds(row):
     return len(engine.units), counts
 
 
-@pytest.mark.parametrize("row", ROW_NAMES)
+@pytest.mark.parametrize("row", everyday(ROW_NAMES))
 def test_late_gradients_cost_an_extra_reduction_once(ranks2, row):
     for units, (first, second, third) in ranks2.run(late_rounds, row):
         assert first > units
@@ -191,7 +192,7 @@ def twice_backward(row, zero_between):
     return relative_error(values(engine), alone.parameters())
 
 
-@pytest.mark.parametrize("row", ROW_NAMES)
+@pytest.mark.parametrize("row", everyday(ROW_NAMES))
 @pytest.mark.parametrize("zero_between", [False, True])
 def test_several_reducing_backwards_add_up(ranks3, row, zero_between):
     assert max(ranks3.run(twice_backward, row, zero_between)) < EXACT
@@ -211,7 +212,7 @@ def without_zero_grad(row):
     return relative_error(values(engine), alone.parameters())
 
 
-@pytest.mark.parametrize("row", ROW_NAMES)
+@pytest.mark.parametrize("row", everyday(ROW_NAMES))
 def test_gradients_that_are_not_zeroed_stay(ranks2, row):
     assert max(ranks2.run(without_zero_grad, row)) < EXACT
 
@@ -231,7 +232,7 @@ def no_sync_twice_then_sync(row):
     return relative_error(values(engine), alone.parameters())
 
 
-@pytest.mark.parametrize("row", ROW_NAMES)
+@pytest.mark.parametrize("row", everyday(ROW_NAMES))
 def test_local_gradients_on_top_of_reduced_ones(ranks3, row):
     assert max(ranks3.run(no_sync_twice_then_sync, row)) < EXACT
 
@@ -280,7 +281,7 @@ def branches(row, chosen, cap):
     return relative_error(values(engine), alone.parameters())
 
 
-@pytest.mark.parametrize("row", ROW_NAMES)
+@pytest.mark.parametrize("row", everyday(ROW_NAMES))
 @pytest.mark.parametrize("cap", [0.0005, 25])
 def test_unused_parameters_are_left_alone_and_partly_used_ones_averaged(ranks2, row, cap):
     chosen = [("left", "left"), ("left", "right"), ("right", "right"), ("right", "left"), ("left", "left")]
@@ -299,7 +300,7 @@ def backward_without_any_gradient(row):
     return values(engine)
 
 
-@pytest.mark.parametrize("row", ROW_NAMES)
+@pytest.mark.parametrize("row", everyday(ROW_NAMES))
 def test_a_rank_whose_loss_uses_no_parameter(ranks2, row):
     ours, theirs = ranks2.run(backward_without_any_gradient, row)
     assert relative_error(ours, theirs) == 0
@@ -326,7 +327,7 @@ def progressive_freezing(row):
     return relative_error(values(engine), alone.parameters())
 
 
-@pytest.mark.parametrize("row", ROW_NAMES)
+@pytest.mark.parametrize("row", everyday(ROW_NAMES))
 def test_parameters_that_are_frozen_on_the_way(ranks2, row):
     assert max(ranks2.run(progressive_freezing, row)) < EXACT
 
@@ -357,7 +358,7 @@ def thawing(row, make_optimizer):
     return relative_error(values(engine), alone.parameters()), frozen, engine.report().at_rest["frozen_parameters"]
 
 
-@pytest.mark.parametrize("row", ROW_NAMES)
+@pytest.mark.parametrize("row", everyday(ROW_NAMES))
 @pytest.mark.parametrize("make_optimizer", [adamw, torch.optim.Adafactor])
 def test_parameters_that_are_thawed_into_a_new_group(ranks2, row, make_optimizer):
     for error, before, after in ranks2.run(thawing, row, make_optimizer):
@@ -399,7 +400,7 @@ def two_optimizers(row):
     return relative_error(values(engine), alone.parameters())
 
 
-@pytest.mark.parametrize("row", ROW_NAMES)
+@pytest.mark.parametrize("row", everyday(ROW_NAMES))
 def test_two_optimizers_that_take_turns(ranks2, row):
     assert max(ranks2.run(two_optimizers, row)) < EXACT
 
@@ -438,7 +439,7 @@ def batch_norm(row):
     return error, buffers, expected, engine.report().bytes_sent["broadcast"]
 
 
-@pytest.mark.parametrize("row", ROW_NAMES)
+@pytest.mark.parametrize("row", everyday(ROW_NAMES))
 def test_buffers_follow_rank_0_as_under_torch_ddp(ranks2, row):
     (error, ours, theirs, sent), (_, other, _, _) = ranks2.run(batch_norm, row)
     # Both average two ranks' gradients in double precision.
@@ -464,7 +465,7 @@ def counted(row, accumulate):
 
 
 @pytest.mark.parametrize("world", [2, 3], indirect=True)
-@pytest.mark.parametrize("row", ROW_NAMES)
+@pytest.mark.parametrize("row", everyday(ROW_NAMES))
 @pytest.mark.parametrize("accumulate", [1, 4])
 def test_bytes_and_collectives_are_those_of_the_table(world, row, accumulate):
     ranks = len(world.run(dist.get_rank))
@@ -536,7 +537,7 @@ def overlap(row):
     return launched, before, pending, len(engine.units)
 
 
-@pytest.mark.parametrize("row", ROW_NAMES)
+@pytest.mark.parametrize("row", everyday(ROW_NAMES))
 def test_reductions_overlap_backward_and_gathers_overlap_forward(ranks2, row):
     for launched, before, pending, units in ranks2.run(overlap, row):
         assert units == 6
@@ -609,7 +610,7 @@ def assigned_by_hand(row):
         return float((before - engine.module.last.weight - 0.5).abs().max()), others
 
 
-@pytest.mark.parametrize("row", ROW_NAMES)
+@pytest.mark.parametrize("row", everyday(ROW_NAMES))
 def test_gradients_may_be_assigned_by_hand(ranks2, row):
     for error, others in ranks2.run(assigned_by_hand, row):
         assert error < EXACT
@@ -626,7 +627,7 @@ def set_to_none_by_hand(row):
     return all(torch.equal(a, b) for a, b in zip(before, values(engine), strict=True))
 
 
-@pytest.mark.parametrize("row", ROW_NAMES)
+@pytest.mark.parametrize("row", everyday(ROW_NAMES))
 def test_a_gradient_set_to_none_is_not_stepped_with(ranks2, row):
     assert all(ranks2.run(set_to_none_by_hand, row))
 

@@ -18,6 +18,7 @@ from lightning_accel.core.collectives import TorchCollectives
 from lightning_accel.core.layout import ALIGNMENT
 from lightning_accel.core.neighbours import Neighbours
 from lightning_accel.core.parameter_memory import Presence
+from rows import everyday
 
 EXACT = 1e-12  # as in test_engine.py
 
@@ -54,7 +55,7 @@ def losses_one_after_the_other(row):
     return relative_error(values(engine), alone.parameters())
 
 
-@pytest.mark.parametrize("row", ROW_NAMES)
+@pytest.mark.parametrize("row", everyday(ROW_NAMES))
 def test_several_backwards_each_through_a_part_of_the_model(ranks2, row):
     assert max(ranks2.run(losses_one_after_the_other, row)) < EXACT
 
@@ -102,7 +103,7 @@ def on_generic_collectives(row):
     return relative_error(values(engine), alone.parameters())
 
 
-@pytest.mark.parametrize("row", ROW_NAMES)
+@pytest.mark.parametrize("row", everyday(ROW_NAMES))
 def test_the_generic_collectives_do_with_units_of_different_sizes(ranks2, row):
     assert max(ranks2.run(on_generic_collectives, row)) < EXACT
 
@@ -138,7 +139,7 @@ def collectives_of_the_model(row):
     return values(engine)
 
 
-@pytest.mark.parametrize("row", ROW_NAMES)
+@pytest.mark.parametrize("row", everyday(ROW_NAMES))
 def test_a_model_with_collectives_of_its_own_that_is_used_unevenly(ranks2, row):
     ours, theirs = ranks2.run(collectives_of_the_model, row)
     assert relative_error(ours, theirs) == 0
@@ -162,7 +163,7 @@ def thawed_without_notice(row):
         return module.last.weight.detach().clone(), not torch.equal(module.last.weight.detach(), start.detach())
 
 
-@pytest.mark.parametrize("row", ROW_NAMES)
+@pytest.mark.parametrize("row", everyday(ROW_NAMES))
 def test_thawing_is_noticed_in_a_plain_loop(ranks2, row):
     (ours, moved), (theirs, _) = ranks2.run(thawed_without_notice, row)
     assert moved
@@ -180,7 +181,7 @@ def zeroed_between_accumulations(row):
     return float(engine.grad_norm(optimizer))
 
 
-@pytest.mark.parametrize("row", ROW_NAMES)
+@pytest.mark.parametrize("row", everyday(ROW_NAMES))
 def test_zeroing_after_reduced_and_local_gradients(ranks2, row):
     assert ranks2.run(zeroed_between_accumulations, row) == [0.0, 0.0]
 
@@ -211,7 +212,7 @@ def evaluated_first(row):
     return True
 
 
-@pytest.mark.parametrize("row", ROW_NAMES)
+@pytest.mark.parametrize("row", everyday(ROW_NAMES))
 def test_the_first_forward_may_be_in_inference_mode(ranks2, row):
     assert all(ranks2.run(evaluated_first, row))
 
@@ -260,7 +261,7 @@ def recurrent(row):
     return relative_error(values(engine), alone.parameters())
 
 
-@pytest.mark.parametrize("row", ROW_NAMES)
+@pytest.mark.parametrize("row", everyday(ROW_NAMES))
 def test_recurrent_layers(ranks2, row):
     assert max(ranks2.run(recurrent, row)) < EXACT
 
@@ -302,7 +303,7 @@ def same_optimizer_twice(row):
     return relative_error(module.parameters(), alone.parameters())
 
 
-@pytest.mark.parametrize("row", ROW_NAMES)
+@pytest.mark.parametrize("row", everyday(ROW_NAMES))
 def test_an_optimizer_goes_on_under_a_second_engine(ranks3, row):
     assert max(ranks3.run(same_optimizer_twice, row)) < EXACT
 
@@ -318,7 +319,7 @@ def second_engine(row):
     return first.is_closed
 
 
-@pytest.mark.parametrize("row", ROW_NAMES)
+@pytest.mark.parametrize("row", everyday(ROW_NAMES))
 def test_a_second_engine_closes_the_first(ranks2, row):
     assert all(ranks2.run(second_engine, row))
 
@@ -369,7 +370,7 @@ def recomputed(row):
     return relative_error(values(engine), alone.parameters()), gathers, len(engine.units), len(engine.module.blocks)
 
 
-@pytest.mark.parametrize("row", ROW_NAMES)
+@pytest.mark.parametrize("row", everyday(ROW_NAMES))
 def test_recomputation_gathers_nothing_more(ranks2, row):
     for error, gathers, units, blocks in ranks2.run(recomputed, row):
         assert error < EXACT
@@ -401,7 +402,7 @@ def gradient_penalty(row):
     return relative_error(values(engine), alone.parameters())
 
 
-@pytest.mark.parametrize("row", ROW_NAMES)
+@pytest.mark.parametrize("row", everyday(ROW_NAMES))
 def test_gradients_within_the_loss(ranks2, row):
     assert max(ranks2.run(gradient_penalty, row)) < EXACT
 
@@ -465,7 +466,7 @@ def changed_and_kept(row):
     return all(bool((value == 2).all()) for value in values(engine))
 
 
-@pytest.mark.parametrize("row", ROW_NAMES)
+@pytest.mark.parametrize("row", everyday(ROW_NAMES))
 def test_changes_to_whole_parameters_are_kept_if_asked_for(ranks3, row):
     assert all(ranks3.run(changed_and_kept, row))
 
@@ -495,7 +496,7 @@ def unevenly_evaluated(row):
     return values(engine)
 
 
-@pytest.mark.parametrize("row", ROW_NAMES)
+@pytest.mark.parametrize("row", everyday(ROW_NAMES))
 def test_ranks_may_evaluate_a_different_number_of_batches(ranks2, row):
     ours, theirs = ranks2.run(unevenly_evaluated, row)
     assert relative_error(ours, theirs) == 0
@@ -512,7 +513,7 @@ def forgotten(row):
     return added, module() is None
 
 
-@pytest.mark.parametrize("row", ROW_NAMES)
+@pytest.mark.parametrize("row", everyday(ROW_NAMES))
 def test_a_closed_engine_leaves_nothing_behind(ranks2, row):
     assert ranks2.run(forgotten, row) == [(0, True)] * 2
 
@@ -583,7 +584,7 @@ def assigned_and_clipped(row):
     return relative_error(values(engine), alone.parameters())
 
 
-@pytest.mark.parametrize("row", ROW_NAMES)
+@pytest.mark.parametrize("row", everyday(ROW_NAMES))
 def test_a_gradient_that_was_assigned_is_stepped_with_as_it_was_clipped(ranks2, row):
     assert max(ranks2.run(assigned_and_clipped, row)) < EXACT
 

@@ -23,6 +23,7 @@ from core.toys import (
     values,
 )
 from lightning_accel.core import Engine, register_elementwise
+from rows import everyday
 
 EXACT = 1e-12  # double precision, two orders of the same sums
 
@@ -74,7 +75,7 @@ def groups_around_a_step(row):
     return same, all(isinstance(p, torch.nn.Parameter) for p in shown), seen[0]
 
 
-@pytest.mark.parametrize("row", ROW_NAMES)
+@pytest.mark.parametrize("row", everyday(ROW_NAMES))
 def test_groups_show_the_parameters_but_step_sees_merged_flat_segments(ranks2, row):
     for same, parameters, seen in ranks2.run(groups_around_a_step, row):
         assert same
@@ -142,7 +143,7 @@ def closures(row):
     return relative_error(values(engine), alone.parameters())
 
 
-@pytest.mark.parametrize("row", ROW_NAMES)
+@pytest.mark.parametrize("row", everyday(ROW_NAMES))
 def test_closures(ranks2, row):
     assert max(ranks2.run(closures, row)) < EXACT
 
@@ -189,7 +190,7 @@ def states(name, row):
 
 
 @pytest.mark.parametrize("name", ["sgd", "adamw-fused", "asgd", "adafactor"])
-@pytest.mark.parametrize("row", ROW_NAMES)
+@pytest.mark.parametrize("row", everyday(ROW_NAMES))
 def test_state_dicts_are_those_of_the_single_process(ranks3, name, row):
     found = ranks3.run(states, name, row)
     for rank, (ours, theirs) in enumerate(found):

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
 from harness import Ranks
+from rows import everyday
 
 
 def fabric_for(strategy: str, **arguments: Any) -> Fabric:
@@ -63,7 +64,7 @@ def train(
     "clip", [None, {"max_norm": 0.2}, {"max_norm": 0.3, "norm_type": float("inf")}, {"clip_val": 0.05}]
 )
 @pytest.mark.parametrize("accumulate", [1, 4])
-@pytest.mark.parametrize("row", ROWS)
+@pytest.mark.parametrize("row", everyday(ROWS))
 def test_loop_equals_a_single_process(ranks2: Ranks, row: str, accumulate: int, clip: dict[str, float] | None) -> None:
     expected, expected_norms = train("auto", accumulate, clip)
     for result, norms in ranks2.run(train, row, accumulate, clip):
@@ -72,7 +73,7 @@ def test_loop_equals_a_single_process(ranks2: Ranks, row: str, accumulate: int, 
     assert len(expected_norms) == (8 // accumulate if clip and "max_norm" in clip else 0)
 
 
-@pytest.mark.parametrize("row", ROWS)
+@pytest.mark.parametrize("row", everyday(ROWS))
 def test_module_and_optimizers_set_up_separately(ranks2: Ranks, row: str) -> None:
     expected, _ = train("auto")
     for result, _ in ranks2.run(train, row, separately=True):
@@ -108,7 +109,7 @@ def train_two(strategy: str, together: bool) -> dict[str, Tensor]:
 
 
 @pytest.mark.parametrize("together", [True, False], ids=["setup", "setup_module"])
-@pytest.mark.parametrize("row", ROWS)
+@pytest.mark.parametrize("row", everyday(ROWS))
 def test_two_models(ranks2: Ranks, row: str, together: bool) -> None:
     expected = train_two("auto", together)
     for result in ranks2.run(train_two, row, together):
@@ -130,7 +131,7 @@ def train_compiled(row: str, backend: str) -> dict[str, Tensor]:
 
 
 @pytest.mark.parametrize("backend", ["eager", "aot_eager"])
-@pytest.mark.parametrize("row", ROWS)
+@pytest.mark.parametrize("row", everyday(ROWS))
 def test_compiled_model(ranks2: Ranks, row: str, backend: str) -> None:
     expected, _ = train("auto")
     for result in ranks2.run(train_compiled, row, backend):
@@ -143,7 +144,7 @@ def sampled(row: str) -> list[int]:
     return [index for indices, _, _ in batches for index in indices.tolist()]
 
 
-@pytest.mark.parametrize("row", ROWS)
+@pytest.mark.parametrize("row", everyday(ROWS))
 def test_dataloaders_are_divided_between_ranks(ranks2: Ranks, row: str) -> None:
     mine, theirs = ranks2.run(sampled, row)
     assert sorted(mine + theirs) == list(range(32))
@@ -172,7 +173,7 @@ def train_with_two_optimizers(strategy: str) -> tuple[dict[str, Tensor], list[fl
     return values(net), losses
 
 
-@pytest.mark.parametrize("row", ROWS)
+@pytest.mark.parametrize("row", everyday(ROWS))
 def test_two_optimizers_and_a_scheduler(ranks2: Ranks, row: str) -> None:
     expected, expected_losses = train_with_two_optimizers("auto")
     for result, losses in ranks2.run(train_with_two_optimizers, row):
@@ -193,7 +194,7 @@ def clip_in(row: str, precision: str) -> list[float]:
 
 
 @pytest.mark.parametrize("precision", ["32-true", "bf16-mixed", "bf16-true", "64-true"])
-@pytest.mark.parametrize("row", ROWS)
+@pytest.mark.parametrize("row", everyday(ROWS))
 def test_clipping_with_every_precision(ranks2: Ranks, row: str, precision: str) -> None:
     # As for the Trainer: four roundings to bfloat16; otherwise the 1e-6 that torch adds to the norm.
     tolerance = 4 * 2**-9 if precision == "bf16-true" else 1e-4
@@ -258,7 +259,7 @@ def load_raw(row: str, path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
     return values(net), optimizer.state_dict()
 
 
-@pytest.mark.parametrize("row", ROWS)
+@pytest.mark.parametrize("row", everyday(ROWS))
 def test_load_raw(ranks2: Ranks, row: str, tmp_path: Path) -> None:
     train_and_save("auto", tmp_path / "state.ckpt", 3)
     saved = torch.load(tmp_path / "state.ckpt", weights_only=True)
@@ -291,7 +292,7 @@ def save_filtered(row: str, folder: Path) -> None:
     fabric.save(folder / "one.ckpt", {"model": model}, filter={"model": lambda name, _: name == "large.1.weight"})
 
 
-@pytest.mark.parametrize("row", ROWS)
+@pytest.mark.parametrize("row", everyday(ROWS))
 def test_filtered_save_writes_only_what_passes(ranks2: Ranks, row: str, tmp_path: Path) -> None:
     ranks2.run(save_filtered, row, tmp_path)
     saved = {name: torch.load(tmp_path / f"{name}.ckpt", weights_only=True) for name in ("all", "small", "one")}
@@ -318,7 +319,7 @@ def call_loss_backward(row: str, through_model: bool) -> None:
     nn.functional.mse_loss(model(x) if through_model else net(x), y).backward()
 
 
-@pytest.mark.parametrize("row", ROWS)
+@pytest.mark.parametrize("row", everyday(ROWS))
 def test_loss_backward_says_to_call_fabric_backward(ranks2: Ranks, row: str) -> None:
     for through_model in (True, False):  # Lightning's own check looks at the outputs of the wrapped model only
         for error in ranks2.run_expecting_error(call_loss_backward, row, through_model):
@@ -358,7 +359,7 @@ def teardown_gives_memory_back(row: str) -> bool:
     return len(own) == len(list(net.parameters())) and fabric.strategy.engines == []
 
 
-@pytest.mark.parametrize("row", ROWS)
+@pytest.mark.parametrize("row", everyday(ROWS))
 def test_teardown_leaves_a_plain_module(ranks2: Ranks, row: str) -> None:
     assert ranks2.run(teardown_gives_memory_back, row) == [True, True]
 
@@ -371,7 +372,7 @@ def state_of_optimizer(row: str) -> dict[str, Any]:
     return optimizer.state_dict()
 
 
-@pytest.mark.parametrize("row", ROWS)
+@pytest.mark.parametrize("row", everyday(ROWS))
 def test_optimizer_state_dict_is_whole_on_rank_0(ranks2: Ranks, row: str) -> None:
     first, second = ranks2.run(state_of_optimizer, row)
     assert [tuple(first["state"][index]["exp_avg"].shape) for index in (0, 1)] == [(OUTPUTS, FEATURES), (OUTPUTS,)]

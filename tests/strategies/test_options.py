@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from harness import Ranks
 from lightning_accel.strategies import AccelDDPStrategy, AccelFSDPStrategy, AccelZeROStrategy, fabric
+from rows import everyday
 
 CLASSES = [AccelDDPStrategy, AccelZeROStrategy, fabric.AccelDDPStrategy, fabric.AccelZeROStrategy]
 IDS = ["trainer ddp", "trainer zero", "fabric ddp", "fabric zero"]
@@ -179,7 +180,7 @@ def test_gradient_scaler_works_where_gradients_rest_replicated(ranks2: Ranks) ->
         assert_close(result, expected, tolerance=5e-3)
 
 
-@pytest.mark.parametrize("row", ROWS)
+@pytest.mark.parametrize("row", everyday(ROWS))
 def test_trainer_says_16_mixed_is_bf16_on_the_cpu(row: str) -> None:
     # Lightning's own choice, which the strategy leaves alone: no scaler, so every row takes it.
     used = trainer(f"accel_{row}", precision="16-mixed")

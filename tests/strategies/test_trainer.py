@@ -45,6 +45,7 @@ from torchmetrics import MeanSquaredError
 
 from harness import Ranks, RanksError
 from lightning_accel.strategies import AccelZeROStrategy
+from rows import everyday
 
 SUFFIXES = ["", "_spawn", "_fork", "_notebook"]
 # Where a run can be stopped and where it can go on; "auto" is stock Lightning on one device.
@@ -58,7 +59,7 @@ def test_every_name_is_registered(registry: Any) -> None:
 
 
 @pytest.mark.parametrize("suffix", SUFFIXES)
-@pytest.mark.parametrize("row", ROWS)
+@pytest.mark.parametrize("row", everyday(ROWS))
 def test_a_name_stands_for_its_row(row: str, suffix: str) -> None:
     strategy = StrategyRegistry.get(f"accel_{row}{suffix}")
     assert strategy.row.name == row
@@ -89,7 +90,7 @@ def fit(strategy: str, ckpt_path: Any = None, **arguments: Any) -> dict[str, Ten
     ],
     ids=["plain", "accumulated", "norm clipped", "value clipped"],
 )
-@pytest.mark.parametrize("row", ROWS)
+@pytest.mark.parametrize("row", everyday(ROWS))
 def test_fit_equals_a_single_process(ranks2: Ranks, row: str, arguments: dict[str, Any]) -> None:
     expected = fit("auto", max_epochs=3, **arguments)
     for result in ranks2.run(fit, row, max_epochs=3, **arguments):
@@ -151,7 +152,7 @@ def fit_module(strategy: str, kind: str, folder: Path) -> dict[str, Tensor]:
 
 
 @pytest.mark.parametrize("kind", MODULES)
-@pytest.mark.parametrize("row", ROWS)
+@pytest.mark.parametrize("row", everyday(ROWS))
 def test_unusual_modules_and_callbacks(ranks2: Ranks, row: str, kind: str, tmp_path: Path) -> None:
     if kind == "shrinking" and row not in REPLICATED:
         with pytest.raises(RanksError, match=r"net\.first\.weight.*rest sharded.*full_parameters"):
@@ -179,7 +180,7 @@ def fit_on_one_device(strategy: str, **arguments: Any) -> dict[str, Tensor]:
     return values(module)
 
 
-@pytest.mark.parametrize("row", ROWS)
+@pytest.mark.parametrize("row", everyday(ROWS))
 def test_one_device(row: str, monkeypatch: pytest.MonkeyPatch) -> None:
     for name in ("MASTER_ADDR", "MASTER_PORT", "WORLD_SIZE", "NODE_RANK", "LOCAL_RANK"):
         monkeypatch.delenv(name, raising=False)  # and what Lightning sets is taken back
@@ -231,7 +232,7 @@ def scheduler_warnings(row: str) -> list[str]:
     return [str(warning.message) for warning in caught if "lr_scheduler" in str(warning.message)]
 
 
-@pytest.mark.parametrize("row", ROWS)
+@pytest.mark.parametrize("row", everyday(ROWS))
 def test_learning_rate_schedulers_do_not_complain(ranks3: Ranks, row: str) -> None:
     # "Detected call of `lr_scheduler.step()` before `optimizer.step()`": they look at the method that is replaced.
     assert ranks3.run(scheduler_warnings, row) == [[], [], []]
@@ -290,7 +291,7 @@ def watched(strategy: str, folder: Path) -> dict[str, Any]:
     }
 
 
-@pytest.mark.parametrize("row", ROWS)
+@pytest.mark.parametrize("row", everyday(ROWS))
 def test_checkpoint_early_stopping_and_learning_rate_callbacks(ranks2: Ranks, row: str, tmp_path: Path) -> None:
     expected = watched("auto", tmp_path / "alone")
     files = sorted(path.name for path in (tmp_path / "alone").glob("*.ckpt"))
@@ -315,7 +316,7 @@ def fit_twice(strategy: str, same_trainer: bool) -> list[dict[str, Tensor]]:
 
 
 @pytest.mark.parametrize("same_trainer", [False, True], ids=["another trainer", "same trainer"])
-@pytest.mark.parametrize("row", ROWS)
+@pytest.mark.parametrize("row", everyday(ROWS))
 def test_second_fit_in_the_same_process(ranks2: Ranks, row: str, same_trainer: bool) -> None:
     expected = fit_twice("auto", same_trainer)
     for result in ranks2.run(fit_twice, row, same_trainer):
@@ -332,7 +333,7 @@ def evaluate(strategy: str, folder: Path) -> tuple[list[Any], Tensor]:
     return metrics, torch.stack(trainer.predict(module, loader()))
 
 
-@pytest.mark.parametrize("row", ROWS)
+@pytest.mark.parametrize("row", everyday(ROWS))
 def test_validate_test_and_predict_after_fit(ranks2: Ranks, row: str, tmp_path: Path) -> None:
     expected_metrics, expected = evaluate("auto", tmp_path / "alone")
     for rank, (metrics, predictions) in enumerate(ranks2.run(evaluate, row, tmp_path / "ranks")):
@@ -383,7 +384,7 @@ def test_fit_continues_from_a_checkpoint_of_any_strategy(
         assert_close(result, fit("auto", max_epochs=4))
 
 
-@pytest.mark.parametrize("row", ROWS)
+@pytest.mark.parametrize("row", everyday(ROWS))
 def test_stop_and_resume_is_exactly_an_uninterrupted_run(ranks2: Ranks, row: str, tmp_path: Path) -> None:
     path = tmp_path / "stopped.ckpt"
     ranks2.run(stop_after, 2, row, path)
@@ -407,7 +408,7 @@ def test_fit_continues_on_another_number_of_ranks(ranks2: Ranks, ranks3: Ranks, 
         assert_close(result, expected)
 
 
-@pytest.mark.parametrize("row", ROWS)
+@pytest.mark.parametrize("row", everyday(ROWS))
 def test_checkpoint_is_the_one_that_a_single_process_writes(ranks2: Ranks, row: str, tmp_path: Path) -> None:
     stop_after(2, "auto", tmp_path / "alone.ckpt")
     ranks2.run(stop_after, 2, row, tmp_path / "ranks.ckpt")
@@ -427,7 +428,7 @@ def test_checkpoint_is_the_one_that_a_single_process_writes(ranks2: Ranks, row: 
     assert abs(sizes[0] - sizes[1]) < 64 * len(optimizer["state"]) * 4
 
 
-@pytest.mark.parametrize("row", ROWS)
+@pytest.mark.parametrize("row", everyday(ROWS))
 def test_checkpoint_loads_with_load_from_checkpoint(ranks2: Ranks, row: str, tmp_path: Path) -> None:
     path = tmp_path / "stopped.ckpt"
     ranks2.run(stop_after, 2, row, path)
@@ -443,7 +444,7 @@ def save_after_fit(row: str, folder: Path) -> None:
     trainer.save_checkpoint(folder / "after validation.ckpt")
 
 
-@pytest.mark.parametrize("row", ROWS)
+@pytest.mark.parametrize("row", everyday(ROWS))
 def test_saving_after_fit_has_ended(ranks2: Ranks, row: str, tmp_path: Path) -> None:
     ranks2.run(save_after_fit, row, tmp_path)
     within = torch.load(tmp_path / "within.ckpt", weights_only=True)
@@ -502,7 +503,7 @@ def fit_gan(strategy: str, accumulate: int) -> dict[str, Tensor]:
 
 
 @pytest.mark.parametrize("accumulate", [1, 2])
-@pytest.mark.parametrize("row", ROWS)
+@pytest.mark.parametrize("row", everyday(ROWS))
 def test_manual_optimization_with_two_optimizers(ranks2: Ranks, row: str, accumulate: int) -> None:
     expected = fit_gan("auto", accumulate)
     for result in ranks2.run(fit_gan, row, accumulate):
@@ -527,7 +528,7 @@ def fit_gathering(strategy: str) -> tuple[Any, dict[str, Tensor]]:
     return module.gathered, values(module)
 
 
-@pytest.mark.parametrize("row", ROWS)
+@pytest.mark.parametrize("row", everyday(ROWS))
 def test_all_gather(ranks2: Ranks, row: str) -> None:
     _, expected = fit_gathering("auto")
     for gathered, parameters in ranks2.run(fit_gathering, row):
@@ -558,7 +559,7 @@ def fit_measured(strategy: str) -> dict[str, float]:
     return {name: trainer.callback_metrics[name].item() for name in ("train_error", "error")}
 
 
-@pytest.mark.parametrize("row", ROWS)
+@pytest.mark.parametrize("row", everyday(ROWS))
 def test_torchmetrics_are_those_of_a_single_process(ranks2: Ranks, row: str) -> None:
     expected = fit_measured("auto")
     assert ranks2.run(fit_measured, row) == [pytest.approx(expected, rel=FLOAT64)] * 2
@@ -580,7 +581,7 @@ def buffers_after_fit(strategy: str, accumulate: int) -> dict[str, Tensor]:
 
 
 @pytest.mark.parametrize("accumulate", [1, 3])
-@pytest.mark.parametrize("row", ROWS)
+@pytest.mark.parametrize("row", everyday(ROWS))
 def test_batch_norm_statistics_are_those_of_rank_0_under_torch_ddp(ranks2: Ranks, row: str, accumulate: int) -> None:
     expected = ranks2.run(buffers_after_fit, "ddp", accumulate)[0]
     assert expected["net.blocks.1.num_batches_tracked"] == 8
@@ -607,7 +608,7 @@ def convert_batch_norm(row: str) -> tuple[str, str, bool]:
     return kinds.during, type(after).__name__, same
 
 
-@pytest.mark.parametrize("row", ROWS)
+@pytest.mark.parametrize("row", everyday(ROWS))
 def test_sync_batchnorm_converts_for_fit_and_reverts_after(ranks2: Ranks, row: str) -> None:
     for during, after, same in ranks2.run(convert_batch_norm, row):
         assert during == "SyncBatchNorm"
@@ -651,7 +652,7 @@ def finetune(strategy: str, epochs: int = 4, ckpt_path: Any = None, save: Any = 
     return values(module)
 
 
-@pytest.mark.parametrize("row", ROWS)
+@pytest.mark.parametrize("row", everyday(ROWS))
 def test_finetuning_that_adds_parameter_groups_later(ranks2: Ranks, row: str) -> None:
     expected = finetune("auto")
     for result in ranks2.run(finetune, row):

@@ -35,6 +35,7 @@ from torch.utils.data import DataLoader, DistributedSampler
 from harness import Ranks
 from lightning_accel.core.placeholder import ShardedGradient
 from lightning_accel.strategies import AccelDDPStrategy, AccelFSDPStrategy, AccelZeROStrategy
+from rows import everyday
 
 STRATEGIES: dict[str, Any] = {
     "ddp": lambda **options: AccelDDPStrategy(**options),
@@ -79,7 +80,7 @@ def seen_samples(row: str) -> tuple[dict[str, list[list[int]]], list[bool]]:
     return module.seen, [isinstance(loader.sampler, DistributedSampler) for loader in loaders]
 
 
-@pytest.mark.parametrize("row", ROWS)
+@pytest.mark.parametrize("row", everyday(ROWS))
 def test_distributed_samplers_are_injected(ranks2: Ranks, row: str) -> None:
     (first, injected), (second, _) = ranks2.run(seen_samples, row)
     assert injected == [True, True]
@@ -113,7 +114,7 @@ def logged(row: str) -> dict[str, float]:
     return {name: value.item() for name, value in used.callback_metrics.items() if "loss" not in name}
 
 
-@pytest.mark.parametrize("row", ROWS)
+@pytest.mark.parametrize("row", everyday(ROWS))
 def test_sync_dist_reduces(ranks2: Ranks, row: str) -> None:
     for rank, metrics in enumerate(ranks2.run(logged, row)):
         # 4 batches: the sum of 1 from rank 0 and 2 from rank 1 over all of them is 12.
@@ -164,7 +165,7 @@ def evaluation_modes(row: str) -> dict[str, tuple[bool, bool]]:
     return module.modes
 
 
-@pytest.mark.parametrize("row", ROWS)
+@pytest.mark.parametrize("row", everyday(ROWS))
 def test_evaluation_runs_without_inference_mode(ranks2: Ranks, row: str) -> None:
     stages = ["fit/sanity_check", "fit/validate", "validate/validate", "test/test", "predict/predict"]
     for modes in ranks2.run(evaluation_modes, row):
@@ -198,7 +199,7 @@ def fit_compiled(row: str, backend: str | None, compile_units: bool) -> dict[str
     [("eager", False), ("aot_eager", False), ("aot_eager", True)],
     ids=["module, eager", "module, aot_eager", "units"],
 )
-@pytest.mark.parametrize("row", ROWS)
+@pytest.mark.parametrize("row", everyday(ROWS))
 def test_compiled_lightning_module_trains(ranks2: Ranks, row: str, backend: str, compile_units: bool) -> None:
     plain = ranks2.run(fit_compiled, row, None, False)
     for result, expected in zip(ranks2.run(fit_compiled, row, backend, compile_units), plain, strict=True):
@@ -236,7 +237,7 @@ def fit_clipped(strategy: str, precision: Any, clip: float) -> tuple[dict[str, T
 
 
 @pytest.mark.parametrize("precision", ["32-true", "bf16-mixed", "bf16-true", "64-true"])
-@pytest.mark.parametrize("row", ROWS)
+@pytest.mark.parametrize("row", everyday(ROWS))
 def test_every_precision_plugin_clips_through_the_engine(ranks2: Ranks, row: str, precision: str) -> None:
     clip = 0.02
     for _, free, _ in ranks2.run(fit_clipped, row, precision, 1e9):
@@ -374,7 +375,7 @@ def traffic_of_accumulation(row: str) -> Traffic:
     return traffic
 
 
-@pytest.mark.parametrize("row", ROWS)
+@pytest.mark.parametrize("row", everyday(ROWS))
 def test_block_backward_sync_sends_nothing_between_boundaries(ranks2: Ranks, row: str) -> None:
     for traffic in ranks2.run(traffic_of_accumulation, row):
         assert traffic.units > 2
@@ -448,7 +449,7 @@ def mean_of_ranks(row: str) -> list[Any]:
     return [value.tolist() for value in means + sums]
 
 
-@pytest.mark.parametrize("row", ROWS)
+@pytest.mark.parametrize("row", everyday(ROWS))
 def test_mean_of_integers_is_not_floored(ranks2: Ranks, row: str) -> None:
     assert ranks2.run(mean_of_ranks, row) == [[0.5, 0.5, 0.5, [0.5, 1.0], 1, 1]] * 2
 
@@ -478,14 +479,14 @@ def fabric_loop(row: str, marked: bool) -> tuple[dict[str, Tensor], list[bool]]:
     return values(network), losses
 
 
-@pytest.mark.parametrize("row", ROWS)
+@pytest.mark.parametrize("row", everyday(ROWS))
 def test_fabric_marked_forward_method(ranks2: Ranks, row: str) -> None:
     plain = ranks2.run(fabric_loop, row, False)
     for (result, _), (expected, _) in zip(ranks2.run(fabric_loop, row, True), plain, strict=True):
         assert_close(result, expected, tolerance=0)
 
 
-@pytest.mark.parametrize("row", ROWS)
+@pytest.mark.parametrize("row", everyday(ROWS))
 def test_fabric_optimizer_step_is_the_optimizers(ranks2: Ranks, row: str) -> None:
     for _, returned in ranks2.run(fabric_loop, row, False):
         assert returned == [True] * 4  # what the closure returns; Fabric would call `strategy.model.step` otherwise
@@ -530,7 +531,7 @@ def fit_with_async_io(row: str, folder: Path) -> list[str]:
     return recording.saved
 
 
-@pytest.mark.parametrize("row", ROWS)
+@pytest.mark.parametrize("row", everyday(ROWS))
 def test_async_io_keeps_what_it_wraps(ranks2: Ranks, row: str, tmp_path: Path) -> None:
     assert ranks2.run(fit_with_async_io, row, tmp_path) == [["epoch=0.ckpt"], []]
     assert torch.load(tmp_path / "epoch=0.ckpt", weights_only=True)["epoch"] == 0
@@ -541,7 +542,7 @@ def fit_with_broken_io(row: str, folder: Path) -> None:
     trainer(f"accel_{row}", callbacks=[TellOver(), ModelCheckpoint(folder)], **arguments).fit(Regression(), loader())
 
 
-@pytest.mark.parametrize("row", ROWS)
+@pytest.mark.parametrize("row", everyday(ROWS))
 def test_async_io_raises_in_teardown_what_failed_in_the_background(ranks2: Ranks, row: str, tmp_path: Path) -> None:
     assert ranks2.run_expecting_error(fit_with_broken_io, row, tmp_path) == [("OSError", "disk full"), None]
 
