@@ -103,7 +103,7 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> Runs:
     return Runs(tmp_path_factory.mktemp("examples"))
 
 
-@pytest.mark.parametrize("name", ["ddp", "zero1", "zero2"])
+@pytest.mark.parametrize("name", ["ddp", pytest.param("zero1", marks=pytest.mark.matrix), "zero2"])
 def test_train_lm_reports_and_leaves_everything(runs: Runs, name: str) -> None:
     result: Run = getattr(runs, name)
 
