@@ -24,7 +24,7 @@ from typing_extensions import override
 
 from lightning_accel.core import Engine, Rest
 from lightning_accel.core.materialise import InitFn
-from lightning_accel.core.offload import OffloadKind
+from lightning_accel.core.offload import OffloadKind, require_offload
 from lightning_accel.core.partition import Units
 from lightning_accel.core.placement import Row, find_row
 from lightning_accel.core.structure import called_by_compiled_code
@@ -138,6 +138,7 @@ class AccelFabricStrategy(DDPStrategy):
             timeout=timeout,
             start_method=start_method,
         )
+        require_offload(offload, row)
         self.row = row
         self._options = EngineOptions(
             units=units,

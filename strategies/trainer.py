@@ -29,7 +29,7 @@ from typing_extensions import override
 from lightning_accel.core import Engine, Rest
 from lightning_accel.core.agreement import synchronise
 from lightning_accel.core.materialise import InitFn, has_meta
-from lightning_accel.core.offload import OffloadKind
+from lightning_accel.core.offload import OffloadKind, require_offload
 from lightning_accel.core.partition import Units
 from lightning_accel.core.placement import Row
 from lightning_accel.plugins.precision import require_no_scaler, with_engine_clipping
@@ -122,6 +122,7 @@ class AccelStrategy(DDPStrategy):
             timeout=timeout,
             start_method=start_method,
         )
+        require_offload(offload, row)
         self.row = row
         self._options = EngineOptions(
             units=units,
@@ -360,6 +361,7 @@ class AccelStrategy(DDPStrategy):
             self._lightning_module = None
         super().teardown()
         self._lightning_module = module
+        self._awaited = None  # if setting up has failed: it is not for the next model
 
     @classmethod
     @override

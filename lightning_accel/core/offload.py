@@ -31,6 +31,22 @@ _SMALL = 4096
 """Bytes below which a value of the state stays in memory: a file takes whole pages."""
 
 
+def require_offload(kind: OffloadKind | None, row: Row) -> None:
+    """Raise if a row cannot offload so.
+
+    Raises:
+        ValueError: If there is no such kind, or the row cannot do it.
+
+    """
+    if kind not in (None, "optimizer", "parameters"):
+        raise ValueError(f"Expected offload to be 'optimizer', 'parameters' or None, got {kind!r}.")
+    if kind == "parameters" and row.parameters is not Rest.SHARDED:
+        raise ValueError(
+            f"Expected a row whose parameters rest sharded for offload='parameters', got {row.name!r}: its own"
+            " are on the device at all times. Use accel_fsdp, or offload='optimizer'."
+        )
+
+
 @dataclass(frozen=True)
 class Offload:
     """What is kept away from the device, and where."""
@@ -55,13 +71,7 @@ class Offload:
             ValueError: If there is no such kind, the row cannot do it, or the folder cannot be written to.
 
         """
-        if kind not in (None, "optimizer", "parameters"):
-            raise ValueError(f"Expected offload to be 'optimizer', 'parameters' or None, got {kind!r}.")
-        if kind == "parameters" and row.parameters is not Rest.SHARDED:
-            raise ValueError(
-                f"Expected a row whose parameters rest sharded for offload='parameters', got {row.name!r}: its own"
-                " are on the device at all times. Use accel_fsdp, or offload='optimizer'."
-            )
+        require_offload(kind, row)
         path = None if folder is None else Path(folder)
         if path is not None:
             try:

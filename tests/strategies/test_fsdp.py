@@ -257,6 +257,8 @@ def test_mistakes_are_refused_at_once(kind: Any) -> None:
         kind(sharding="half")
     with pytest.raises(ValueError, match="Expected shard_size with sharding='hybrid' only, got 2 with 'full'"):
         kind(shard_size=2)
+    with pytest.raises(ValueError, match="Expected offload to be 'optimizer', 'parameters' or None, got 'moon'"):
+        kind(offload="moon")
     with pytest.raises(TypeError, match="Did you mean 'shard_size'"):
         kind(shards_size=2)
 
