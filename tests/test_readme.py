@@ -53,7 +53,7 @@ def test_the_trainer_and_the_report(tmp_path):
 
 
 def test_averages(tmp_path):
-    printed = run(tmp_path, block("EMAWeightAveraging("), FIT, "print('count:', average.state_dict())")
+    printed = run(tmp_path, block("EMAWeightAveraging("), FIT, "print(f'count: {average.state_dict()}\\n', end='')")
     assert "count: {'latest_update_step': 32}" in printed
 
 
@@ -66,10 +66,9 @@ def test_fabric(tmp_path):
 
 def test_the_engine_under_torchrun(tmp_path):
     start = "import torch.distributed as dist\ndist.init_process_group('gloo')"
+    after = "print(f'steps: {engine.report().steps}\\n', end='')"  # in one piece: both ranks print
     torchrun = ("-m", "torch.distributed.run", "--nproc-per-node", "2")
-    assert "steps: 3" in run(
-        tmp_path, start, MODEL, block("Engine(model"), "print('steps:', engine.report().steps)", launcher=torchrun
-    )
+    assert "steps: 3" in run(tmp_path, start, MODEL, block("Engine(model"), after, launcher=torchrun)
 
 
 def test_settings(tmp_path):

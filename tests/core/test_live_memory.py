@@ -19,8 +19,9 @@ from lightning_accel.core.unit import Unit
 BLOCKS, LINEARS, STEPS = 8, 4, 5
 SMALL = 2**15
 """More than the activations of one row of numbers (two for each linear layer), masks and scalars."""
-SET_UP = 1024
-"""More than what a message between ranks may leave for a moment."""
+MESSAGE = 1024
+"""More than what the last messages between ranks may leave for a moment: gloo's thread lets go of a message (here at most
+some flags, a byte for each parameter) after it has told that it arrived, on a busy machine long after."""
 PADDED = 1.01
 """More than the size of a unit with its padding, over that without."""
 
@@ -137,15 +138,17 @@ def test_a_rank_rests_with_its_part_and_nothing_else(watches: list[Watch], width
     if width == 128:
         assert padding == [{"parameters": 0, "gradients": 0}] * 2
         for watch in watches:
-            assert 0 <= watch.started - 4 * parameters / 2 < SET_UP
-            assert watch.rested == [16 * parameters / 2 + watch.counters] * STEPS
+            assert 0 <= watch.started - 4 * parameters / 2 < MESSAGE
+            for rested in watch.rested:
+                assert 0 <= rested - (16 * parameters / 2 + watch.counters) < MESSAGE
     else:
         assert sum(pad["parameters"] for pad in padding) > 0
         started = sum(watch.started for watch in watches) - sum(pad["parameters"] for pad in padding)
-        assert 0 <= started - 4 * parameters < 2 * SET_UP
+        assert 0 <= started - 4 * parameters < 2 * MESSAGE
         extra = sum(sum(pad.values()) for pad in padding) + sum(watch.counters for watch in watches)
         for step in range(STEPS):
-            assert sum(watch.rested[step] for watch in watches) == 16 * parameters + extra
+            rested = sum(watch.rested[step] for watch in watches)
+            assert 0 <= rested - (16 * parameters + extra) < 2 * MESSAGE
     # One step count for each run of parameters that the optimizer treats alike.
     assert all(watch.counters == 4 * BLOCKS for watch in watches)
 
