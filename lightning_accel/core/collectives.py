@@ -119,6 +119,9 @@ class Published:
 class Collectives(ABC):
     """What the engine needs from a process group. All ranks of the group call the same methods in the same order."""
 
+    is_one_sided = False
+    """Whether ranks fetch what others have published without their help."""
+
     def __init__(
         self, device: torch.device, group: dist.ProcessGroup | None, control: dist.ProcessGroup | None
     ) -> None:
@@ -173,8 +176,11 @@ class Collectives(ABC):
         buffer[slice(*layout.part(self.rank))].copy_(source.part)
         return self.all_gather(buffer, layout)
 
-    def fence(self) -> Pending:
+    def fence(self, doing: str) -> Pending:
         """Call before and after this rank changes parts that it published. All ranks call it together.
+
+        Args:
+            doing: What is being done, for messages; the same on every rank.
 
         Returns:
             Wait for it before changing them; afterwards, whoever fetches waits for it.
@@ -467,8 +473,12 @@ def connect(device: torch.device, group: dist.ProcessGroup | None = None) -> Col
 
         messages = GlooCollectives(device, group, group)
         return (messages.ranks > 1 and DirectCollectives.connect(messages)) or messages
-    ranks = dist.get_process_group_ranks(group) if group is not None else None
-    control = dist.new_group(ranks, backend="gloo", timeout=timedelta(minutes=30))
+    control = dist.new_group(
+        dist.get_process_group_ranks(group),
+        backend="gloo",
+        timeout=timeout_of(group, device),
+        use_local_synchronization=True,  # the group may be a part of all processes: only its own take part
+    )
     return TorchCollectives(device, group, control)
 
 

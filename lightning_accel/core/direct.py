@@ -52,6 +52,7 @@ _PR_SET_PTRACER = 0x59616D61
 _ANY_PROCESS = ctypes.c_ulong(-1)
 _PROBE = 0x6C6967687461636C
 _DONE = 0
+_READ = "the end of reading"
 
 
 class DirectCollectives(GlooCollectives):
@@ -64,6 +65,8 @@ class DirectCollectives(GlooCollectives):
         neighbours: Connections to the other ranks; closed with this object, or when the process exits.
 
     """
+
+    is_one_sided = True
 
     def __init__(
         self,
@@ -88,7 +91,7 @@ class DirectCollectives(GlooCollectives):
         if neighbours is None:
             return None
         offered = torch.tensor([_PROBE])
-        addresses = neighbours.meet(offered.data_ptr())
+        addresses = neighbours.meet(offered.data_ptr(), "set-up")
         works = all(_can_read(neighbours.pids[rank], address) for rank, address in addresses.items())
         # This answer also keeps ``offered`` where it is until all have looked at it.
         if not all(messages.gather_objects(works)):
@@ -101,8 +104,8 @@ class DirectCollectives(GlooCollectives):
         self.traffic.add("reduce_scatter", sent_scattering(buffer, layout, self.rank))
 
         def carry_out() -> None:
-            self._add_up(buffer, layout, out, self._neighbours.meet(buffer.data_ptr()))
-            self._neighbours.meet(_DONE)
+            self._add_up(buffer, layout, out, self._neighbours.meet(buffer.data_ptr(), "reduce_scatter"))
+            self._neighbours.meet(_DONE, _READ)
 
         return self._start("reduce_scatter", carry_out)
 
@@ -111,8 +114,8 @@ class DirectCollectives(GlooCollectives):
         self.traffic.add("all_gather", sent_gathering(buffer, layout, self.rank))
 
         def carry_out() -> None:
-            self._copy(buffer, layout, self._neighbours.meet(buffer.data_ptr()))
-            self._neighbours.meet(_DONE)
+            self._copy(buffer, layout, self._neighbours.meet(buffer.data_ptr(), "all_gather"))
+            self._neighbours.meet(_DONE, _READ)
 
         return self._start("all_gather", carry_out)
 
@@ -158,17 +161,17 @@ class DirectCollectives(GlooCollectives):
         return pending
 
     @override
-    def fence(self) -> Pending:
+    def fence(self, doing: str) -> Pending:
         def meet() -> None:
-            self._neighbours.meet(_DONE)
+            self._neighbours.meet(_DONE, doing)
 
-        self._settled = self._worker.submit(meet)
+        self._settled = self._worker.submit(partial(self._or_hang_up, meet))
         return Pending([self._settled])
 
     @override
     def linger(self, seconds: float) -> None:
         def meet() -> None:
-            self._neighbours.meet(_DONE)
+            self._neighbours.meet(_DONE, "the end of the process")
 
         with contextlib.suppress(RuntimeError, futures.TimeoutError):  # a rank that is gone fetches nothing
             self._worker.submit(meet).wait(seconds)
@@ -190,12 +193,12 @@ class DirectCollectives(GlooCollectives):
         self._finalizer()
 
     def _reduce(self, buffer: Tensor, layout: Layout) -> None:
-        addresses = self._neighbours.meet(buffer.data_ptr())
+        addresses = self._neighbours.meet(buffer.data_ptr(), "all_reduce")
         self._add_up(buffer, layout, buffer[slice(*layout.part(self.rank))], addresses)
         # When a rank has added up its part it has read that part of all buffers: it may be overwritten.
-        self._neighbours.meet(_DONE)
+        self._neighbours.meet(_DONE, _READ)
         self._copy(buffer, layout, addresses)
-        self._neighbours.meet(_DONE)
+        self._neighbours.meet(_DONE, _READ)
 
     def _add_up(self, buffer: Tensor, layout: Layout, out: Tensor, addresses: dict[int, int]) -> None:
         start, stop = layout.part(self.rank)

@@ -247,7 +247,7 @@ class Engine:
             self._arrivals.abandon()
             self.mesh.close()  # the others are told at once
         else:
-            self._residency.before_update()  # others may read this rank's parts until here
+            self._residency.before_update("the end")  # others may read this rank's parts until here
         self.wait()
         for hook in self._hooks.values():
             hook.remove()
@@ -258,7 +258,7 @@ class Engine:
         self._residency.detach()
         self.at_close.close()
         if not abandon:
-            self._residency.before_update()
+            self._residency.before_update("the end")
         for optimizer in self.optimizers:
             optimizer.release()
         self._pool.clear()

@@ -20,6 +20,8 @@ from datetime import timedelta
 from lightning_accel.core.collectives import Collectives, timeout_of
 
 _NUMBER = struct.Struct("=Q")
+_LONGEST = 256
+"""Bytes of a message, at most."""
 _CREDENTIALS = struct.Struct("=3i")  # process, user, group
 
 
@@ -76,24 +78,34 @@ class Neighbours:
             lines, {rank: _process(line) for rank, line in lines.items()}, timeout_of(base.group, base.device)
         )
 
-    def meet(self, number: int) -> dict[int, int]:
+    def meet(self, number: int, doing: str) -> dict[int, int]:
         """Tell all others a number and wait for theirs, by rank.
 
+        Args:
+            number: Of 64 bits.
+            doing: What it is for; the same on every rank.
+
         Raises:
-            RuntimeError: If one of them has ended, or does not answer in time.
+            RuntimeError: If one of them has ended, does something else, or does not answer in time.
 
         """
-        message = _NUMBER.pack(number)
+        message = _NUMBER.pack(number) + doing.encode()
         told: dict[int, int] = {}
         for rank, line in self._lines.items():
             with _explained(rank, self._timeout_s):
                 line.send(message)
         for rank, line in self._lines.items():
             with _explained(rank, self._timeout_s):
-                answer = line.recv(_NUMBER.size)
+                answer = line.recv(_LONGEST)
                 if not answer:
                     raise ConnectionResetError
-                (told[rank],) = _NUMBER.unpack(answer)
+            (told[rank],) = _NUMBER.unpack(answer[: _NUMBER.size])
+            theirs = answer[_NUMBER.size :].decode()
+            if theirs != doing:
+                raise RuntimeError(
+                    f"Expected rank {rank} to come to {doing} as this one does; it came to {theirs}. Call backward,"
+                    " optimizer.step() and the like equally often, and in the same order, on every rank."
+                )
         return told
 
     def close(self) -> None:

@@ -34,6 +34,7 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
 from lightning_accel.core.collectives import Collectives
+from lightning_accel.core.lockstep import Lockstep
 from lightning_accel.core.parameter_memory import Presence
 from lightning_accel.core.placement import Rest, Row
 from lightning_accel.core.unit import Unit
@@ -75,6 +76,7 @@ class Residency:
         self._collectives = collectives
         self.is_active = row.parameters is Rest.SHARDED and collectives.ranks > 1
         """Whether there is anything to gather and free."""
+        self._lockstep = Lockstep(collectives)
         self._units: dict[nn.Module | None, list[Unit]] = {}
         self._depth = 0
         self.in_backward = False
@@ -138,9 +140,11 @@ class Residency:
 
     @torch.compiler.disable  # type: ignore[untyped-decorator]
     def _enter_root(self) -> None:
-        self._depth += 1
-        if self.is_active and self._depth == 1:
+        if self.is_active and self._depth == 0:
             self._running = []
+            if not self.in_backward:
+                self._lockstep.enter("forward")
+        self._depth += 1
         self._bring(None)
 
     @torch.compiler.disable  # type: ignore[untyped-decorator]
@@ -199,6 +203,8 @@ class Residency:
     @contextmanager
     def backward(self) -> Iterator[None]:
         """Within it, recomputed forwards free nothing; at its end all is freed that no forward still needs."""
+        if self.is_active:
+            self._lockstep.enter("backward")
         self.in_backward = True
         self._backwards += 1
         self._open.clear()
@@ -245,17 +251,18 @@ class Residency:
 
     # -------------------------------------------------------------------- step
 
-    def before_update(self) -> None:
+    def before_update(self, doing: str = "an update") -> None:
         """Call before this rank's parts are changed: nobody reads them any more."""
         if self.is_active:
+            self._lockstep.enter(doing)
             for unit in self._all():  # held or not: the whole values are the old ones from now on
                 unit.memory.free()
-            self._collectives.fence().wait()
+            self._collectives.fence(doing).wait()
 
     def after_update(self) -> None:
         """Call when this rank's parts have been changed."""
         if self.is_active:
-            self._collectives.fence()
+            self._collectives.fence("the end of an update")
             if self._depth:
                 self._bring(None)  # a training_step with several optimizer steps goes on
 
@@ -270,8 +277,9 @@ class Residency:
                 " parameters are gathered and freed there as they are needed."
             )
         before = [unit for unit in units if unit.memory.presence is not Presence.AWAY]
-        for unit in units:
-            unit.memory.fetch()
+        if self.is_active:
+            self._lockstep.enter("full_parameters()")
+        self._fetch(units)
         for unit in units:
             unit.memory.wait()
         self._held.update(units)
@@ -281,10 +289,11 @@ class Residency:
             self._held.subtract(units)
             self._held = +self._held  # a count of zero would keep the unit, and its memory
             if writeback and self.is_active:
-                self._collectives.fence().wait()
+                self._lockstep.enter("the end of full_parameters(writeback=True)")
+                self._collectives.fence("the end of full_parameters(writeback=True)").wait()
                 for unit in units:
                     unit.memory.store()
-                self._collectives.fence()
+                self._collectives.fence("the end of writing values back")
             brought = [unit for unit in units if unit not in before]
             if not (self._depth and torch.is_grad_enabled()):  # else the backward to come may need them
                 self._free(brought)
@@ -304,10 +313,15 @@ class Residency:
 
     def _bring(self, block: nn.Module | None) -> None:
         units = self._units.get(block, ())
-        for unit in units:
-            unit.memory.fetch()
+        self._fetch(units)
         for unit in units:
             unit.memory.wait()
+
+    def _fetch(self, units: Iterable[Unit]) -> None:
+        for unit in units:
+            if unit.memory.presence is Presence.AWAY:
+                self._lockstep.note(unit.name)
+                unit.memory.fetch()
 
     def _prefetch(self, block: nn.Module, *, backward: bool) -> None:
         """Start to gather what the last pass needed after ``block``."""
@@ -316,8 +330,7 @@ class Residency:
         order = self._orders[backward]
         place = len(self._running) - 1
         if place < len(order) - 1 and order[place] is block:
-            for unit in self._units.get(order[place + 1], ()):
-                unit.memory.fetch()
+            self._fetch(self._units.get(order[place + 1], ()))
 
     def _let_go(self, units: Iterable[Unit]) -> None:
         if not self.holds:

@@ -186,7 +186,7 @@ class Roster:
         gradients = [unit.full_gradient(position) for position in range(len(unit.parameters))]
         unit.release()
         if unit.memory.is_sharded:
-            self._mesh.shard.fence().wait()  # others have read this rank's part: its memory may go
+            self._mesh.shard.fence("a new layout").wait()  # others have read this rank's part: its memory may go
         for parameter, gradient in zip(unit.parameters, gradients, strict=True):
             parameter.grad = gradient
             del self.places[parameter]

@@ -544,11 +544,11 @@ def out_of_step():
     engine.wait()
     meet, calls = Neighbours.meet, []
 
-    def failing(self, number):
+    def failing(self, number, doing):
         calls.append(number)
         if dist.get_rank() == 0 and len(calls) == 2:
             raise OSError("injected")
-        return meet(self, number)
+        return meet(self, number, doing)
 
     Neighbours.meet = failing
     try:

@@ -20,8 +20,8 @@ BLOCKS, LINEARS, STEPS = 8, 4, 5
 SMALL = 2**15
 """More than the activations of one row of numbers (two for each linear layer), masks and scalars."""
 MESSAGE = 1024
-"""More than what the last messages between ranks may leave for a moment: gloo's thread lets go of a message (here at most
-some flags, a byte for each parameter) after it has told that it arrived, on a busy machine long after."""
+"""More than what the last messages between ranks may leave for a moment: gloo's thread lets go of a message (here at
+most some flags, a byte for each parameter) after it has told that it arrived, on a busy machine long after."""
 PADDED = 1.01
 """More than the size of a unit with its padding, over that without."""
 

@@ -21,7 +21,7 @@ def connected():
 def conversation():
     others = connected()
     rank = dist.get_rank()
-    told = [others.meet(100 * turn + rank) for turn in range(3)]
+    told = [others.meet(100 * turn + rank, "a test") for turn in range(3)]
     others.close()
     return os.getpid(), others.pids, told
 
@@ -39,12 +39,12 @@ def left_alone():
     others, rank = connected(), dist.get_rank()
     begin = time.monotonic()
     if rank == 0:
-        others.meet(0)
+        others.meet(0, "a test")
         others.close()
         return None, 0.0
-    others.meet(0)  # said before it hung up: still arrives
+    others.meet(0, "a test")  # said before it hung up: still arrives
     with pytest.raises(RuntimeError, match="rank 0 has ended") as caught:
-        others.meet(1)
+        others.meet(1, "a test")
     return str(caught.value), time.monotonic() - begin
 
 
@@ -52,6 +52,20 @@ def test_whoever_waits_for_a_rank_that_hung_up_is_told(ranks2):
     (_, (message, took)) = ranks2.run(left_alone)
     assert "Connection closed by peer" in message
     assert took < 10
+
+
+def at_odds():
+    others, rank = connected(), dist.get_rank()
+    with pytest.raises(RuntimeError) as caught:
+        others.meet(0, f"step {rank}")
+    others.close()
+    return str(caught.value)
+
+
+def test_ranks_that_do_different_things_are_told(ranks2):
+    (ours, theirs) = ranks2.run(at_odds)
+    assert "Expected rank 1 to come to step 0 as this one does; it came to step 1." in ours
+    assert "Expected rank 0 to come to step 1 as this one does; it came to step 0." in theirs
 
 
 def woken():
@@ -63,7 +77,7 @@ def woken():
 
     def wait():
         try:
-            others.meet(0)
+            others.meet(0, "a test")
         except RuntimeError as error:
             seen.append(str(error))
 
@@ -87,7 +101,7 @@ def patient():
         return None
     impatient = Neighbours(others._lines, others.pids, timedelta(seconds=0.2))
     with pytest.raises(RuntimeError, match="rank 1 to answer within 0 s, the process group's timeout") as caught:
-        impatient.meet(0)
+        impatient.meet(0, "a test")
     dist.barrier()
     return str(caught.value)
 
