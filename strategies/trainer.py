@@ -19,7 +19,7 @@ from lightning.pytorch.core.optimizer import LightningOptimizer, _MockOptimizer
 from lightning.pytorch.plugins.io.wrapper import _WrappingCheckpointIO
 from lightning.pytorch.plugins.precision import Precision
 from lightning.pytorch.strategies import DDPStrategy
-from lightning.pytorch.strategies.launchers import _SubprocessScriptLauncher
+from lightning.pytorch.strategies.launchers import _MultiProcessingLauncher, _SubprocessScriptLauncher
 from lightning.pytorch.trainer.states import TrainerFn, TrainerStatus
 from lightning.pytorch.utilities.types import STEP_OUTPUT
 from torch import Tensor
@@ -86,7 +86,10 @@ class AccelStrategy(DDPStrategy):
     """
 
     engine: Engine | None
-    """The engine of the current or last fit; None before. In other stages, only of parameters that rest sharded."""
+    """The engine of the current or last fit; None before. In other stages, only of parameters that rest sharded.
+
+    At the end of a stage it gives the model back with all of its values and is closed. If the model came without values
+    (on the meta device), and these rest sharded, they stay so and the engine open: the next stage goes on with it."""
 
     def __init__(
         self,
@@ -199,20 +202,24 @@ class AccelStrategy(DDPStrategy):
         for loop in (trainer.fit_loop.epoch_loop.val_loop, trainer.validate_loop, trainer.test_loop):
             loop.inference_mode = False
         trainer.predict_loop.inference_mode = False
-        self.model = self.precision_plugin.convert_module(self.model)
-        self.model_to_device()
         self._failed = False
-        self.engine = None
+        if not self._goes_on(fitting):
+            self.engine = None
+            self.model = self.precision_plugin.convert_module(self.model)
+            self.model_to_device()
         if fitting:
             if self.row.gradients is Rest.SHARDED:
                 require_no_scaler(self.precision_plugin, self.row.name)
-            self.engine = self._options.start(self.model, self.row, self.root_device)
+            if self.engine is None:
+                self.engine = self._options.start(self.model, self.row, self.root_device)
             self.setup_optimizers(trainer)
             for optimizer in map(_unwrap, self.optimizers):
                 if not isinstance(optimizer, _MockOptimizer):
                     self.engine.add_optimizer(optimizer)
             self.engine.build()
             require_averaging_in_parts(trainer.callbacks, self.engine)  # type: ignore[attr-defined]
+        elif self.engine is not None:
+            self.engine.build()
         elif self.row.parameters is Rest.SHARDED or has_meta(self.model):
             self.engine = self._options.start(self.model, self.row, self.root_device)
             self.engine.build()
@@ -224,6 +231,24 @@ class AccelStrategy(DDPStrategy):
         self.setup_precision_plugin()
         if fitting:
             _optimizers_to_device(self.optimizers, self.root_device)
+
+    def _goes_on(self, fitting: bool) -> bool:
+        """Whether the last stage has left this very model in parts, as this one wants it."""
+        if self.engine is None or self.engine.is_closed or self.engine.module is not self.model:
+            return False
+        return not (fitting and self._layer_sync)  # which has replaced layers
+
+    @property
+    def _leaves_in_parts(self) -> bool:
+        """Whether the model stays as it rests at the end of a stage, because it may be too large for one rank."""
+        return (
+            self.engine is not None
+            and self.engine.is_usable
+            and not self._failed
+            and self.engine.began_without_values
+            and self.engine.is_fetched_from
+            and not isinstance(self._launcher, _MultiProcessingLauncher)  # these processes end now
+        )
 
     # ------------------------------------------------------------------- steps
 
@@ -352,12 +377,17 @@ class AccelStrategy(DDPStrategy):
 
     @override
     def teardown(self) -> None:
+        in_parts = self._leaves_in_parts
         if self.engine is not None:
-            # After a failure nobody may answer any more.
-            self.engine.close(abandon=self._failed)
+            if in_parts:
+                self.engine.dismiss_optimizers()
+            else:
+                # After a failure nobody may answer any more.
+                self.engine.close(abandon=self._failed)
         module = self._lightning_module
-        if module is not None and has_meta(module):
-            # Setting up has failed. Lightning would move the module to the CPU, and that error would hide the cause.
+        if module is not None and (in_parts or has_meta(module)):
+            # Lightning would move the module to the CPU: there is nothing to move, or (if setting up has failed) that
+            # error would hide the cause.
             self._lightning_module = None
         super().teardown()
         self._lightning_module = module

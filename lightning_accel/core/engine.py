@@ -120,7 +120,9 @@ class Engine:
         self.blocks = find_blocks(module, units)
         """The modules that form units, by name."""
 
-        materialiser = Materialiser(module, self.collectives, param_init_fn) if has_meta(module) else None
+        self.began_without_values = has_meta(module)
+        """Whether the model came on the meta device: it may be too large for one rank."""
+        materialiser = Materialiser(module, self.collectives, param_init_fn) if self.began_without_values else None
         self.at_close = contextlib.ExitStack()
         """What ``close`` takes back besides the engine's own doings."""
         self.is_compiled = False
@@ -234,6 +236,23 @@ class Engine:
         """Have a bound method called after each new layout of the units, on all ranks. Its object is not kept alive."""
         self._watchers.append(weakref.WeakMethod(watcher))
 
+    def dismiss_optimizers(self) -> None:
+        """Drop gradients and let go of all optimizers, which can still save; others may be added. All ranks take part.
+
+        Parameters stay where they rest: a model that is too large for one rank is never whole.
+        """
+        self._require_open()
+        self.build()
+        self.wait()
+        for unit in self.units:
+            unit.drop_gradients()
+            self._roster.owner[unit] = None
+        for optimizer in self.optimizers:
+            optimizer.release()
+        self.optimizers.clear()
+        self._pool.clear()
+        self.mark_stale()
+
     def close(self, *, abandon: bool = False) -> None:
         """Finish what is under way and give the module its parameters' memory back. Optimizers can still save.
 
@@ -269,6 +288,11 @@ class Engine:
     def is_fetched_from(self) -> bool:
         """Whether other ranks read this one's part of the parameters when they need it."""
         return self._residency.is_active
+
+    @property
+    def is_usable(self) -> bool:
+        """Whether it is open and no backward was cut short."""
+        return not (self._closed or self._broken)
 
     @property
     def is_closed(self) -> bool:

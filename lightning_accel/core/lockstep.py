@@ -21,8 +21,8 @@ from lightning_accel.core.collectives import Collectives, timeout_of
 
 _REMEDY = (
     "Ranks that share no memory must call a model whose parameters rest sharded equally often, and use the same parts"
-    " of it each time. Give every rank as many batches (Lightning's sampler does; with loaders of your own pad the shorter"
-    " ones, or use limit_predict_batches and its like), or use accel_zero2, which gathers nothing in forward."
+    " of it each time. Give every rank as many batches (Lightning's sampler does; with loaders of your own pad the"
+    " shorter ones, or use limit_predict_batches and its like), or use accel_zero2, which gathers nothing in forward."
 )
 
 

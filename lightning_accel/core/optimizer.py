@@ -90,6 +90,7 @@ class EngineOptimizer:
         self._original_load = optimizer.load_state_dict
         self._original_add_group = optimizer.add_param_group
         self._install()
+        self._released = False
         self.waiting_state: dict[nn.Parameter, dict[str, Any]] = {}
         """State of whole parameters that are in no unit: not laid out yet, or frozen."""
         if not self.direct:  # it may have stepped or loaded a checkpoint before
@@ -108,6 +109,11 @@ class EngineOptimizer:
         kind = type(self.optimizer)
         by_tensor = kind.__name__ in _BY_TENSOR and kind.__module__.startswith("torch.optim")
         return self.whole and not by_tensor
+
+    @property
+    def units(self) -> list[Unit]:
+        """The units whose parameters it updates, in the order in which forward uses them."""
+        return self._units
 
     def parameters(self) -> Iterator[nn.Parameter]:
         """All parameters of all groups."""
@@ -232,7 +238,7 @@ class EngineOptimizer:
             ValueError: If its engine still trains it.
 
         """
-        if not self.engine.is_closed:
+        if not self._released:
             raise ValueError(
                 f"Expected an optimizer that no engine has, got a {type(self.optimizer).__name__} that was set up"
                 " already. Set each optimizer up once."
@@ -293,7 +299,8 @@ class EngineOptimizer:
             self.segments += optimizer_state.scatter(self, state, added)
 
     def release(self) -> None:
-        """Free the parameters' memory that segments view. State stays."""
+        """Free the parameters' memory that segments view. State stays, and can be saved; no step can follow."""
+        self._released = True
         for segment in self.segments:
             segment.release()
 
@@ -303,9 +310,16 @@ class EngineOptimizer:
         """One optimizer step, as ``Optimizer.step``: returns what the closure returns.
 
         Raises:
-            RuntimeError: If gradients were accumulated but not reduced, or the groups were changed in place.
+            RuntimeError: If gradients were accumulated but not reduced, the groups were changed in place, or the engine
+                has let go of the optimizer.
 
         """
+        if self._released:
+            self.engine.before_step()  # says so if it was closed
+            raise RuntimeError(
+                f"Expected an optimizer that the engine has, got a {type(self.optimizer).__name__} of a fit that has"
+                " ended. Set the model up again, with its optimizers, to train on."
+            )
         if self.direct:
             return self._step_direct(closure, **kwargs)
         loss = None
@@ -449,8 +463,9 @@ class EngineOptimizer:
 
         Where optimizer state rests sharded, all ranks must call this together; rank 0 gets the state, others ``{}``.
         """
-        self.refresh()
-        self.engine.build()
+        if not self._released:
+            self.refresh()
+            self.engine.build()
         full = optimizer_state.gather(self)
         if full is None:
             return {}

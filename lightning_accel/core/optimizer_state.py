@@ -45,7 +45,7 @@ def gather(optimizer: EngineOptimizer) -> dict[nn.Parameter, dict[str, Any]] | N
 
     """
     collectives = optimizer.engine.mesh.shard
-    units = optimizer.engine.units_of(optimizer)
+    units = optimizer.units
     state = optimizer.optimizer.state
     mine = [segment for segment in optimizer.segments if segment.tensor in state]
     entries = [_describe(segment, units.index(segment.unit), state[segment.tensor]) for segment in mine]

@@ -148,9 +148,15 @@ class Unit:
 
     def release(self, *, abandon: bool = False) -> None:
         """Give the parameters memory of their own again and drop all gradients; see ``ParameterMemory.release``."""
+        self.drop_gradients()
+        self.memory.release(abandon=abandon)
+
+    def drop_gradients(self) -> None:
+        """Forget all gradients and free their memory."""
         for parameter in self.parameters:
             parameter.grad = None
-        self.memory.release(abandon=abandon)
+        self.content = [Content.NONE] * len(self.parameters)
+        self._kept.clear()
         self.grad = self.rest = self._aside = None
         self._grad_views = []
 

@@ -445,3 +445,40 @@ def test_whole_tensors_are_balanced_over_ranks_without_padding(ranks3):
     assert sum(loads) == sum(p.numel() for p in Net(64, 8).parameters()) * 8
     # Eight like matrices on three ranks: 3, 3, 2.
     assert max(loads) <= 1.15 * sum(loads) / 3
+
+
+def trained_by_two_in_turn(row, make_optimizer):
+    """One optimizer after another on one engine, as in two fits of a model that stays in parts."""
+    alone, module = build(Net), build(Net)
+    engine = Engine(module, row, bucket_cap_mb=0.0005)
+    former, states = None, []
+    for _ in range(2):
+        train_alone(alone, reference := make_optimizer(alone.parameters()), 3, dist.get_world_size())
+        optimizer = make_optimizer(module.parameters())
+        engine.add_optimizer(optimizer)
+        train(engine, optimizer, 3)
+        engine.dismiss_optimizers()
+        former, states = optimizer, [optimizer.state_dict(), reference.state_dict()]
+    assert all(parameter.grad is None for parameter in module.parameters())
+    assert engine.report().at_rest["gradients"] == 0
+    with pytest.raises(RuntimeError, match="of a fit that has ended"):
+        former.step()
+    with pytest.raises(ValueError, match="Expected an optimizer that was given to this engine"):
+        engine.clip_grad_norm_(former, 1.0)
+    error = relative_error(values(engine), alone.parameters())
+    engine.close()
+    saved, expected = states
+    if dist.get_rank() > 0 and row != "ddp":
+        assert saved == {}
+        return error, 0.0
+    pairs = [(saved["state"][i][key], value) for i, entry in expected["state"].items() for key, value in entry.items()]
+    tensors = [(a, b) for a, b in pairs if isinstance(b, torch.Tensor)]
+    return error, relative_error([a for a, _ in tensors], [b for _, b in tensors])
+
+
+@pytest.mark.parametrize("make_optimizer", [adamw, torch.optim.Adafactor])
+@pytest.mark.parametrize("row", everyday(ROW_NAMES))
+def test_optimizers_may_take_turns_on_an_open_engine(ranks2, row, make_optimizer):
+    for error, state in ranks2.run(trained_by_two_in_turn, row, make_optimizer):
+        assert error < EXACT
+        assert state < EXACT

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from harness import Ranks
 from lightning_accel import engine_of
+from lightning_accel.core.absent import AbsenceError
 from lightning_accel.strategies import AccelDDPStrategy, AccelFSDPStrategy, fabric
 
 SETTINGS = {
@@ -202,6 +203,42 @@ def test_fit_of_a_model_on_the_meta_device(ranks2: Ranks, row: str, how: str) ->
     for result, on_meta in ranks2.run(fit_late, row, how):
         assert_close(result, expected)
         assert on_meta == (how == "init_module")
+
+
+def fit_twice(strategy: str) -> tuple[dict[str, Tensor], list[float], int]:
+    """Two fits of one module with one Trainer, with tests in between; and the most bytes of whole parameters."""
+    torch.set_default_dtype(torch.float64)
+    try:
+        made = alone(max_epochs=2) if strategy == "auto" else trainer(f"accel_{strategy}", max_epochs=2)
+        torch.manual_seed(11)
+        module = Late(empty=strategy != "auto")
+        losses = []
+        for epochs in (2, 4):
+            made.fit_loop.max_epochs = epochs
+            made.fit(module, loader())
+            losses.append(made.test(module, loader(), verbose=False)[0]["test_loss"])
+        if strategy == "auto":
+            return values(module), losses, 0
+        engine = engine_of(module)
+        assert engine is made.strategy.engine
+        for parameter in module.parameters():
+            with pytest.raises(AbsenceError, match="rest sharded over the ranks"):
+                parameter.sum()
+        gathered = engine.report().gathered
+        with pytest.raises(RuntimeError, match="got a AdamW of a fit that has ended"):
+            made.optimizers[0].step()
+        return values(module), losses, gathered
+    finally:
+        torch.set_default_dtype(torch.float32)
+
+
+def test_a_model_that_came_without_values_is_never_whole(ranks2: Ranks) -> None:
+    expected, expected_losses, _ = fit_twice("auto")
+    for result, losses, gathered in ranks2.run(fit_twice, "fsdp"):
+        assert_close(result, expected)
+        assert losses == pytest.approx(expected_losses, rel=1e-12)
+        whole = 8 * sum(value.numel() for value in expected.values())
+        assert 0 < gathered < whole
 
 
 def evaluate_on_meta(row: str) -> dict[str, Tensor]:
