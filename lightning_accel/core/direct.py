@@ -51,6 +51,9 @@ from lightning_accel.core.neighbours import Neighbours
 _PR_SET_PTRACER = 0x59616D61
 _ANY_PROCESS = ctypes.c_ulong(-1)
 _PROBE = 0x6C6967687461636C
+_CHUNK_BYTES = 2**21
+"""What is read from another rank at once to be added. As quick as all of it (of 23 MiB: 15.7 ms, all at once 17.8 ms;
+medians of 22, interleaved), in less memory."""
 _DONE = 0
 _READ = "the end of reading"
 
@@ -203,14 +206,20 @@ class DirectCollectives(GlooCollectives):
     def _add_up(self, buffer: Tensor, layout: Layout, out: Tensor, addresses: dict[int, int]) -> None:
         start, stop = layout.part(self.rank)
         own = buffer[start:stop]
-        scratch = self._borrow(stop - start, buffer)
-        other, first = scratch[: stop - start], True
-        for peer, address in addresses.items():
-            read_memory(self._neighbours.pids[peer], address + start * buffer.element_size(), other)
-            torch.add(own if first else out, other, out=out)
-            first = False
-        if first and out.data_ptr() != own.data_ptr():
-            out.copy_(own)
+        if not addresses:
+            if out.data_ptr() != own.data_ptr():
+                out.copy_(own)
+            return
+        size = buffer.element_size()
+        length = min(stop - start, _CHUNK_BYTES // size)
+        scratch = self._borrow(length, buffer)
+        for begin in range(0, stop - start, max(length, 1)):
+            end = min(begin + length, stop - start)
+            other, first = scratch[: end - begin], True
+            for peer, address in addresses.items():
+                read_memory(self._neighbours.pids[peer], address + (start + begin) * size, other)
+                torch.add((own if first else out)[begin:end], other, out=out[begin:end])
+                first = False
         self._scratch.append(scratch)
 
     def _copy(self, buffer: Tensor, layout: Layout, addresses: dict[int, int]) -> None:
