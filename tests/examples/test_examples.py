@@ -103,7 +103,7 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> Runs:
     return Runs(tmp_path_factory.mktemp("examples"))
 
 
-@pytest.mark.parametrize("name", ["ddp", pytest.param("zero1", marks=pytest.mark.matrix), "zero2"])
+@pytest.mark.parametrize("name", [*(pytest.param(row, marks=pytest.mark.matrix) for row in ("ddp", "zero1")), "zero2"])
 def test_train_lm_reports_and_leaves_everything(runs: Runs, name: str) -> None:
     result: Run = getattr(runs, name)
 
@@ -119,6 +119,7 @@ def test_train_lm_reports_and_leaves_everything(runs: Runs, name: str) -> None:
     assert checkpoint["global_step"] == last
 
 
+@pytest.mark.matrix
 def test_the_ranks_of_zero_share_what_those_of_ddp_repeat(runs: Runs) -> None:
     ddp, zero1, zero2 = runs.ddp, runs.zero1, runs.zero2
 
@@ -142,6 +143,7 @@ def test_resuming_continues_the_curve_under_another_strategy(runs: Runs) -> None
     assert runs.zero1.column("val_loss")[6] == pytest.approx(runs.zero2.column("val_loss")[6], abs=1e-4)
 
 
+@pytest.mark.matrix
 def test_the_fabric_loop_draws_the_curve_of_the_trainer(runs: Runs) -> None:
     assert "sample ---" in runs.loop.output
     assert len(runs.loop.held("optimizer state")) == 2
@@ -150,6 +152,7 @@ def test_the_fabric_loop_draws_the_curve_of_the_trainer(runs: Runs) -> None:
     )
 
 
+@pytest.mark.matrix
 def test_the_fabric_loop_resumes_under_another_strategy(runs: Runs) -> None:
     result = runs.resumed_loop
 
@@ -170,6 +173,7 @@ def test_the_digits_are_learnt(tmp_path: Path) -> None:
     assert re.search(r"^test accuracy 0\.9\d+ after 3 epochs with accel_zero1$", result.output, re.MULTILINE)
 
 
+@pytest.mark.matrix
 def test_the_gan_learns_to_draw(tmp_path: Path) -> None:
     result = run("gan.py", tmp_path / "out", "--strategy", "accel_fsdp", "--max-epochs", "10")
 

@@ -35,7 +35,14 @@ def start_s() -> float:
     return time.monotonic() - begin
 
 
-@pytest.mark.parametrize(("strategy", "rank"), [("accel_zero2", 0), ("accel_zero2", 1), ("accel_ddp", 1)])
+@pytest.mark.parametrize(
+    ("strategy", "rank"),
+    [
+        pytest.param("accel_zero2", 0, marks=pytest.mark.matrix),
+        ("accel_zero2", 1),
+        pytest.param("accel_ddp", 1, marks=pytest.mark.matrix),
+    ],
+)
 def test_exception_on_one_rank_ends_the_run(strategy: str, rank: int, start_s: float) -> None:
     begin = time.monotonic()
     finished = run_script("--strategy", strategy, "--fail", str(rank), "raises")
@@ -50,7 +57,7 @@ def test_exception_on_one_rank_ends_the_run(strategy: str, rank: int, start_s: f
     assert echo == -1 or finished.stderr.find(cause) < echo
 
 
-@pytest.mark.parametrize("rank", [0, 1])
+@pytest.mark.parametrize("rank", [pytest.param(0, marks=pytest.mark.matrix), 1])
 def test_killed_rank_ends_the_run(rank: int, start_s: float) -> None:
     begin = time.monotonic()
     finished = run_script("--strategy", "accel_zero2", "--fail", str(rank), "killed")
