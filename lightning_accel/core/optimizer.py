@@ -47,6 +47,8 @@ _ELEMENTWISE: set[type[Optimizer]] = {
     torch.optim.RMSprop,
     torch.optim.Rprop,
 }
+_DEEPSPEED_CPU_ADAM = ("deepspeed.ops.adam.cpu_adam", "DeepSpeedCPUAdam")
+"""Elementwise, too. Known by its name: importing deepspeed takes seconds, and most users do not have it."""
 _BY_TENSOR = {name for name in ("Adafactor", "Muon") if hasattr(torch.optim, name)}
 """Known to update each parameter from that parameter alone; others of torch.optim are not."""
 
@@ -78,7 +80,9 @@ class EngineOptimizer:
         self.engine = engine
         self.optimizer = optimizer
         self.sharded = engine.row.optimizer_state is Rest.SHARDED
-        self.whole = type(optimizer) not in _ELEMENTWISE
+        kind = type(optimizer)
+        self.is_deepspeeds = (kind.__module__, kind.__qualname__) == _DEEPSPEED_CPU_ADAM
+        self.whole = kind not in _ELEMENTWISE and not self.is_deepspeeds
         self.segments: list[Segment] = []
         self._offload = engine.offload
         self._units: list[Unit] = []
@@ -130,6 +134,11 @@ class EngineOptimizer:
         kind = type(self.optimizer)
         if isinstance(self.optimizer, torch.optim.SparseAdam):
             raise ValueError("Expected an optimizer for dense gradients, got SparseAdam. Use Adam.")
+        if self.is_deepspeeds and not self._offload.optimizer and self.engine.collectives.device.type != "cpu":
+            raise ValueError(
+                "Expected offload='optimizer' for DeepSpeedCPUAdam, which updates on the CPU only, got parameters on"
+                f" {self.engine.collectives.device}. Pass it to the strategy, or use torch.optim.AdamW."
+            )
         if self._offload.optimizer and self.direct:
             raise ValueError(
                 f"Expected an elementwise optimizer for offload with row {self.engine.row.name!r}, got"
@@ -501,6 +510,9 @@ class EngineOptimizer:
         state = {parameters[index]: values for index, values in saved.items() if isinstance(index, int)}
         self.optimizer.state.clear()
         self._original_load({**state_dict, "state": {k: v for k, v in saved.items() if not isinstance(k, int)}})
+        if self.is_deepspeeds:  # torch's Adam saves no bias_correction, without which a step would fail
+            for group in self.optimizer.param_groups:
+                group.setdefault("bias_correction", self.optimizer.defaults["bias_correction"])
         self._members = self._current_members()
         placed = {parameter for unit in self._units for parameter in unit.parameters}
         self.waiting_state = {p: dict(values) for p, values in state.items() if p not in placed}
