@@ -89,6 +89,9 @@ class EngineOptimizer:
         self._original_state_dict = optimizer.state_dict
         self._original_load = optimizer.load_state_dict
         self._original_add_group = optimizer.add_param_group
+        self._original_unscaling = getattr(optimizer, "_step_supports_amp_scaling", None)
+        self.overflowed = False
+        """Whether a gradient scaler has found that the gradients are not finite: it will skip their step."""
         self._install()
         self.waiting_state: dict[nn.Parameter, dict[str, Any]] = {}
         """State of whole parameters that are in no unit: not laid out yet, or frozen."""
@@ -221,6 +224,9 @@ class EngineOptimizer:
         optimizer._engine_optimizer = self  # type: ignore[attr-defined]
         optimizer.step = types.MethodType(step, optimizer)  # type: ignore[method-assign]
         optimizer.add_param_group = types.MethodType(add_param_group, optimizer)  # type: ignore[method-assign]
+        if self._original_unscaling is not None:
+            # Fused optimizers may unscale while they step. Here scalers do it before, so that clipping is possible.
+            optimizer._step_supports_amp_scaling = False  # type: ignore[attr-defined]
         if not self.direct:
             optimizer.state_dict = self.state_dict  # type: ignore[method-assign]
             optimizer.load_state_dict = self.load_state_dict  # type: ignore[method-assign]
@@ -254,6 +260,8 @@ class EngineOptimizer:
         optimizer.add_param_group = self._original_add_group  # type: ignore[method-assign]
         optimizer.state_dict = self._original_state_dict  # type: ignore[method-assign]
         optimizer.load_state_dict = self._original_load  # type: ignore[method-assign]
+        if self._original_unscaling is not None:
+            optimizer._step_supports_amp_scaling = self._original_unscaling  # type: ignore[attr-defined]
         del optimizer._engine_optimizer  # type: ignore[attr-defined]
 
     def add_param_group(self, group: dict[str, Any]) -> None:
