@@ -28,7 +28,7 @@ from lightning_accel.core.offload import OffloadKind, require_offload
 from lightning_accel.core.partition import Units
 from lightning_accel.core.placement import Row, find_row
 from lightning_accel.core.structure import called_by_compiled_code
-from lightning_accel.plugins.precision import engine_optimizer, require_known_scaler, unscale, with_engine
+from lightning_accel.plugins.precision import engine_optimizer, require_known_scaler, with_engine
 from lightning_accel.strategies.compact import compact, keep
 from lightning_accel.strategies.fsdp import SHARDINGS, row_of_sharding
 from lightning_accel.strategies.options import EngineOptions, Recomputed, reject_unknown, to_device
@@ -272,7 +272,7 @@ class AccelFabricStrategy(DDPStrategy):
         added = engine_optimizer(optimizer)
         if added is None:
             return super().clip_gradients_norm(module, optimizer, max_norm, norm_type, error_if_nonfinite)
-        unscale(self.precision, added.optimizer)
+        self.precision.unscale_gradients(added.optimizer)
         return added.engine.clip_grad_norm_(added.optimizer, max_norm, norm_type, error_if_nonfinite)
 
     @override
@@ -282,7 +282,7 @@ class AccelFabricStrategy(DDPStrategy):
         if added is None:
             super().clip_gradients_value(module, optimizer, clip_val)
             return
-        unscale(self.precision, added.optimizer)
+        self.precision.unscale_gradients(added.optimizer)
         added.engine.clip_grad_value_(added.optimizer, clip_val)
 
     @override

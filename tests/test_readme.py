@@ -44,7 +44,7 @@ def run(tmp_path: Path, *parts: str, launcher: tuple[str, ...] = ()) -> str:
 
 
 def test_every_block_is_run_here():
-    assert len(BLOCKS) == 7
+    assert len(BLOCKS) == 8
 
 
 def test_the_trainer_and_the_report(tmp_path):
@@ -72,7 +72,15 @@ def test_the_engine_under_torchrun(tmp_path):
 
 
 def test_settings(tmp_path):
-    run(tmp_path, block("AccelZeROStrategy("), "assert strategy.row.name == 'zero2'")
+    run(tmp_path, block("bucket_cap_mb=25"), "assert strategy.row.name == 'zero2'")
+
+
+def test_mixed_precision(tmp_path):
+    after = (
+        "trainer.fit(BoringModel())\nvalues = trainer.callback_metrics\n"
+        "print(f'{trainer.precision} {values[\"accel/skipped_steps\"] == scaler.skipped_steps}\\n', end='')"
+    )
+    assert "16-mixed True" in run(tmp_path, block("LossScaleMonitor"), after)
 
 
 def test_a_model_that_is_too_large(tmp_path):

@@ -144,6 +144,8 @@ class Engine:
         self._broken = False
         self._synchronise = True
         self._in_backward = False
+        self.backwards = 0
+        """How many backwards there were."""
         self._watchers: list[weakref.WeakMethod[Callable[[], None]]] = []  # told of new layouts
         register(self)
 
@@ -375,6 +377,7 @@ class Engine:
         for unit in self.units:
             unit.hide()
         self._in_backward = True
+        self.backwards += 1
         self._reduction.begin(boundary=self._synchronise)
         try:
             with self._residency.backward():

@@ -13,6 +13,11 @@
 It is the ranks' common one even where all ranks hold the same gradients: a single rank that stepped while the others
 skipped would go unnoticed until its parameters are compared. Whether a gradient overflowed is asked of each element,
 not of a norm, whose sum of squares may overflow while no element does.
+
+[Note: when a verdict ends]
+torch forgets about all optimizers at ``update``. Lightning calls that after each optimizer's step, so gradients that
+were unscaled for clipping but belong to an optimizer that steps later would be divided twice. Here an optimizer's
+verdict lasts until it has stepped or there was another backward; the scale follows each verdict once.
 """
 
 from __future__ import annotations
@@ -32,10 +37,14 @@ from lightning_accel.core.optimizer import EngineOptimizer
 
 @dataclass
 class _Checked:
-    """What is known of an optimizer's gradients since the last update."""
+    """What is known of an optimizer's gradients."""
 
     overflow: bool
+    backwards: int | None
+    """The engine's count of backwards when they were looked at."""
     stepped: bool = False
+    counted: bool = False
+    """Whether the scale has followed."""
 
 
 class GradScaler:
@@ -132,20 +141,25 @@ class GradScaler:
         """Divide an optimizer's gradients by the scale and find out whether all are finite. For all ranks, together.
 
         Optional: ``step`` does it otherwise. Before it, gradients are the scaled ones wherever they are looked at.
+        Doing it again before the next backward changes nothing. See [Note: when a verdict ends].
 
         Raises:
-            RuntimeError: If it was done since the last ``update`` already, or another optimizer has stepped that is to
-                have a common verdict with this one.
+            RuntimeError: If it was done since the last ``update`` already and new gradients were added since, or
+                another optimizer has stepped that is to have a common verdict with this one.
             ValueError: If gradients are fp16, which cannot hold what is divided, or sparse.
 
         """
         if not self._enabled:
             return
         side = _side(optimizer)
-        if side in self._checked:
+        backwards = side.engine.backwards if isinstance(side, EngineOptimizer) else None
+        known = self._checked.get(side)
+        if known is not None and backwards is not None and known.backwards == backwards and not known.stepped:
+            return
+        if known is not None and not known.counted:
             raise RuntimeError(
                 "Expected gradients that are scaled still, but unscale_() was called for this optimizer already since"
-                " the last update(). Call it once for each step."
+                " the last update(). Call it once for each step, after the last backward."
             )
         if self._common_verdict and any(checked.stepped for checked in self._checked.values()):
             raise RuntimeError(
@@ -161,11 +175,7 @@ class GradScaler:
         else:
             shown = [p.grad for group in side.param_groups for p in group["params"] if p.grad is not None]
             overflow = bool(_unscale(shown, self._scale.value))
-        self._checked[side] = _Checked(overflow)
-
-    def has_unscaled(self, optimizer: Optimizer) -> bool:
-        """Whether ``unscale_`` was called for an optimizer since the last ``update``."""
-        return _side(optimizer) in self._checked
+        self._checked[side] = _Checked(overflow, backwards)
 
     def step(self, optimizer: Optimizer, *args: Any, **kwargs: Any) -> Any:
         """``optimizer.step(*args, **kwargs)``, unless gradients have overflowed. For all ranks, together.
@@ -187,14 +197,15 @@ class GradScaler:
                 "Expected no closure: a step that calls it would see gradients that are scaled. Call the closure before"
                 " scaler.step(optimizer)."
             )
-        if side not in self._checked:
+        known = self._checked.get(side)
+        if known is not None and known.stepped:
+            raise RuntimeError("Expected scaler.update() between two steps of an optimizer, got none.")
+        if known is None or known.counted:
             self.unscale_(optimizer)
         checked = self._checked[side]
-        if checked.stepped:
-            raise RuntimeError("Expected scaler.update() between two steps of an optimizer, got none.")
         checked.stepped = True
-        verdicts = self._checked.values() if self._common_verdict else [checked]
-        if any(verdict.overflow for verdict in verdicts):
+        others = [other for other in self._checked.values() if self._common_verdict and not other.counted]
+        if any(verdict.overflow for verdict in [checked, *others]):
             self.skipped_steps += 1
             return None
         return inner.step(**kwargs)
@@ -215,15 +226,17 @@ class GradScaler:
             return
         if new_scale is None and not self._checked:
             raise RuntimeError("Expected scaler.step(optimizer) or unscale_(optimizer) before scaler.update().")
-        overflow = any(checked.overflow for checked in self._checked.values())
-        for side in self._checked:
-            if isinstance(side, EngineOptimizer):
-                side.overflowed = False
-        self._checked.clear()
-        if new_scale is None:
-            self._scale.update(overflow)
-        else:
+        new = [checked for checked in self._checked.values() if not checked.counted]
+        for side, checked in list(self._checked.items()):
+            checked.counted = True
+            if checked.stepped or not isinstance(side, EngineOptimizer):
+                del self._checked[side]
+                if isinstance(side, EngineOptimizer):
+                    side.overflowed = False
+        if new_scale is not None:
             self._scale.set(float(new_scale))
+        elif new:
+            self._scale.update(any(checked.overflow for checked in new))
 
     # ------------------------------------------------------------------- state
 

@@ -88,19 +88,12 @@ def _clip_gradients(
         type(plugin).clip_gradients(plugin, optimizer, clip_val, gradient_clip_algorithm)
     elif clip_val != 0:  # which is how Lightning's users say that they want none
         engine: Engine = added.engine
+        if scaler is not None:
+            scaler.unscale_(added.optimizer)  # under manual optimization nobody else has done so
         if gradient_clip_algorithm == GradClipAlgorithmType.VALUE:
             engine.clip_grad_value_(added.optimizer, clip_val)
         else:
             engine.clip_grad_norm_(added.optimizer, clip_val)
-
-
-def unscale(plugin: FabricPrecision, optimizer: Optimizer) -> None:
-    """Have the gradients of an engine's optimizer unscaled, once a step, however often they are clipped."""
-    scaler = getattr(plugin, "scaler", None)
-    if not isinstance(scaler, GradScaler):
-        plugin.unscale_gradients(optimizer)
-    elif not scaler.has_unscaled(optimizer):
-        scaler.unscale_(optimizer)
 
 
 def require_known_scaler(plugin: FabricPrecision, row: str) -> None:

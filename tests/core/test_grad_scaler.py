@@ -43,9 +43,7 @@ def test_scale_goes_through_containers_and_makes_room() -> None:
 def test_it_unscales_and_steps() -> None:
     parameter, optimizer = one_parameter()
     scaler = GradScaler(init_scale=8.0, growth_interval=1)
-    assert not scaler.has_unscaled(optimizer)
     scaler.unscale_(optimizer)
-    assert scaler.has_unscaled(optimizer)
     assert parameter.grad.tolist() == [1.0, 2.0]
     scaler.step(optimizer)
     scaler.update()
@@ -266,6 +264,48 @@ def test_scaling_changes_nothing_but_rounding(
     for error, found, expected in ranks2.run(scaled, row, kind, clip, settings):
         assert error < FLOAT64
         assert found == pytest.approx(expected, rel=FLOAT64)
+
+
+def in_turn(row: str) -> list[Any]:
+    """Two optimizers that are unscaled together and step with an update each, as Lightning does it."""
+    module = build(lambda: nn.Linear(1, 1))
+    engine = Engine(module, row)
+    optimizers = [torch.optim.SGD([p], lr=1.0) for p in module.parameters()]
+    for optimizer in optimizers:
+        engine.add_optimizer(optimizer)
+    scaler = GradScaler(init_scale=4.0, growth_interval=1)
+    start, seen = values(engine), []
+    for step in range(2):
+        with engine.forward_context():
+            loss = module(torch.ones(1, 1, dtype=torch.float64)).sum()
+        engine.backward(scaler.scale(loss))
+        if step == 1:
+            for gradient in engine.optimizers[1].gradients():  # none on ranks that have no part of it
+                gradient.fill_(math.inf)
+        for optimizer in optimizers * 2:  # a second time changes nothing
+            scaler.unscale_(optimizer)
+        for optimizer in optimizers:
+            scaler.step(optimizer)
+            scaler.update()
+            optimizer.zero_grad()
+        moved = [float(a - b) for a, b in zip(start, values(engine), strict=True)]
+        seen.append((moved, scaler.get_scale(), scaler.skipped_steps))
+    with engine.forward_context():
+        loss = module(torch.ones(1, 1, dtype=torch.float64)).sum()
+    engine.backward(scaler.scale(loss), retain_graph=True)
+    scaler.unscale_(optimizers[0])
+    engine.backward(scaler.scale(loss))
+    with pytest.raises(RuntimeError, match="called for this optimizer already"):
+        scaler.unscale_(optimizers[0])
+    engine.close()
+    return seen
+
+
+@pytest.mark.parametrize("row", everyday(ROW_NAMES))
+def test_gradients_are_divided_once_and_each_verdict_counts_once(ranks2: Ranks, row: str) -> None:
+    for seen in ranks2.run(in_turn, row):
+        # The verdict of both is there at the first of the two updates.
+        assert seen == [([1.0, 1.0], 8.0, 0), ([2.0, 1.0], 4.0, 1)]
 
 
 def shown(row: str) -> list[list[float]]:

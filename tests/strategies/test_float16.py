@@ -183,6 +183,9 @@ class Manual(Plain):
         before = self.net.blocks[0].linear.bias, self.net.last.bias
         before = [value.detach().clone() for value in before]
         for optimizer in (first, second):
+            self.clip_gradients(optimizer, 0.5, "norm")
+            self.norms.append(float(engine_of(self).grad_norm(optimizer.optimizer)))
+        for optimizer in (first, second):
             optimizer.step()
             optimizer.zero_grad()
         after = self.net.blocks[0].linear.bias, self.net.last.bias
@@ -198,12 +201,14 @@ def fit_manually(row: str) -> tuple[list[Any], int, float]:
     module = Manual()
     used = scaled(row)
     used.fit(module, float32())
-    return module.steps, used.scaler.skipped_steps, used.scaler.get_scale()
+    return module.steps, module.norms, used.scaler.skipped_steps, used.scaler.get_scale()
 
 
 @pytest.mark.parametrize("row", everyday(["ddp", "zero1", "zero2"]))
 def test_manual_optimization_with_a_verdict_for_each_optimizer(ranks2: Ranks, row: str) -> None:
-    for moved, skipped, scale in ranks2.run(fit_manually, row):
+    for moved, norms, skipped, scale in ranks2.run(fit_manually, row):
+        # The norm that clipping leaves is that of unscaled gradients: scaled ones had been divided after it.
+        assert max(norm for norm in norms if math.isfinite(norm)) == pytest.approx(0.5, rel=1e-5)
         assert moved == [[True, True], [False, True], [True, True], [True, True]]
         assert (skipped, scale) == (1, SCALE / 2)
 
