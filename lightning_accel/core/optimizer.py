@@ -248,7 +248,7 @@ class EngineOptimizer:
             full = optimizer_state.gather(self)
             parameters = list(self.parameters())
             if self.sharded:
-                mine = full and [full.get(parameter) for parameter in parameters]
+                mine = None if full is None else [full.get(parameter) for parameter in parameters]
                 everyone = self.engine.mesh.shard.gather_objects(mine)
                 full = {p: values for p, values in zip(parameters, everyone[0], strict=True) if values is not None}
             assert full is not None

@@ -213,14 +213,16 @@ def test_an_inf_in_one_copy_is_skipped_by_all(ranks_of: Any, shard_size: int) ->
     require_skipped_by_all(ranks_of(4).run(one_inf, "fsdp_hybrid", fused=True, clip=True, shard_size=shard_size))
 
 
-def scaled(row: str, kind: str, clip: str, settings: dict[str, Any]) -> tuple[float, list[float], list[float]]:
+def scaled(
+    row: str, kind: str, clip: str, settings: dict[str, Any], **options: Any
+) -> tuple[float, list[float], list[float]]:
     """Error of parameters after six steps relative to an unscaled process, and the norms of both."""
     make = {"sgd": sgd, "adamw": adamw}[kind]
     alone, ranks = build(Net), dist.get_world_size()
     plain, expected, found = make(alone.parameters()), [], []
     xs, ys = data(6, ranks)
     module = build(Net)
-    engine = Engine(module, row)
+    engine = Engine(module, row, **options)
     optimizer = make(module.parameters())
     engine.add_optimizer(optimizer)
     scaler = GradScaler(**settings)
@@ -264,6 +266,35 @@ def test_scaling_changes_nothing_but_rounding(
     for error, found, expected in ranks2.run(scaled, row, kind, clip, settings):
         assert error < FLOAT64
         assert found == pytest.approx(expected, rel=FLOAT64)
+
+
+@pytest.mark.matrix
+@pytest.mark.parametrize(("row", "offload"), [("zero2", "optimizer"), ("fsdp", "parameters")])
+def test_scaling_with_offload(ranks2: Ranks, row: str, offload: str) -> None:
+    for error, found, expected in ranks2.run(scaled, row, "sgd", "norm", {"growth_interval": 2}, offload=offload):
+        assert error < FLOAT64
+        assert found == pytest.approx(expected, rel=FLOAT64)
+
+
+def fused(row: str) -> list[bool]:
+    """Whether a fused optimizer offers to unscale: before, with an engine, with another one, and after it."""
+    module = build(Net, torch.float32)
+    optimizer = torch.optim.AdamW(module.parameters(), fused=True)
+    said = [optimizer._step_supports_amp_scaling]
+    for _ in range(2):  # the second engine takes the optimizer over
+        engine = Engine(module, row)
+        engine.add_optimizer(optimizer)
+        said.append(optimizer._step_supports_amp_scaling)
+        engine.close()
+    optimizer._engine_optimizer.give_up()
+    said.append(optimizer._step_supports_amp_scaling)
+    return said
+
+
+@pytest.mark.parametrize("row", everyday(ROW_NAMES))
+def test_fused_optimizers_leave_unscaling_to_the_scaler(ranks2: Ranks, row: str) -> None:
+    for said in ranks2.run(fused, row):
+        assert said == [True, False, False, True]
 
 
 def in_turn(row: str) -> list[Any]:
