@@ -146,6 +146,8 @@ class Engine:
         self._broken = False
         self._synchronise = True
         self._in_backward = False
+        self.backwards = 0
+        """How many backwards there were."""
         self._watchers: list[weakref.WeakMethod[Callable[[], None]]] = []  # told of new layouts
         register(self)
 
@@ -399,6 +401,7 @@ class Engine:
         for unit in self.units:
             unit.hide()
         self._in_backward = True
+        self.backwards += 1
         self._reduction.begin(boundary=self._synchronise)
         try:
             with self._residency.backward():
@@ -515,10 +518,16 @@ class Engine:
             optimizer: The user's optimizer.
             max_norm: The largest norm to leave.
             norm_type: p of the p-norm; may be ``inf``.
-            error_if_nonfinite: Raise, on every rank, if the norm is infinite or NaN.
+            error_if_nonfinite: Raise, on every rank, if the norm is infinite or NaN. Otherwise such gradients are set
+                to zero with a warning, or left to the gradient scaler that will skip their step.
 
         Returns:
-            The norm before clipping: what a single device would have found on the global batch.
+            The norm before clipping: what a single device would have found on the global batch. If gradients are
+            scaled, unscale them first.
+
+        Raises:
+            ValueError: If ``max_norm`` or ``norm_type`` is not positive, or the optimizer was not added.
+            RuntimeError: If ``error_if_nonfinite`` and the norm is not finite.
 
         """
         added = self.find_optimizer(optimizer)
@@ -530,6 +539,7 @@ class Engine:
             added.sharded,
             self.mesh.shard,
             added.norm_dtype,
+            skipped=added.overflowed,
         )
 
     def grad_norm(self, optimizer: Optimizer, norm_type: float = 2.0) -> Tensor:
@@ -544,7 +554,12 @@ class Engine:
         return grad_norm(added.gradients(), float(norm_type), added.sharded, self.mesh.shard, added.norm_dtype)
 
     def clip_grad_value_(self, optimizer: Optimizer, clip_value: float) -> None:
-        """Clamp the gradients of an optimizer's parameters, as ``torch.nn.utils.clip_grad_value_``."""
+        """Clamp the gradients of an optimizer's parameters, as ``torch.nn.utils.clip_grad_value_``.
+
+        Raises:
+            ValueError: If ``clip_value`` is not positive, or the optimizer was not added.
+
+        """
         clip_grad_value(self.find_optimizer(optimizer).gradients(), float(clip_value))
 
     def full_gradient(self, parameter: nn.Parameter) -> Tensor | None:

@@ -93,6 +93,9 @@ class EngineOptimizer:
         self._original_state_dict = optimizer.state_dict
         self._original_load = optimizer.load_state_dict
         self._original_add_group = optimizer.add_param_group
+        self._original_unscaling = getattr(optimizer, "_step_supports_amp_scaling", None)
+        self.overflowed = False
+        """Whether a gradient scaler has found that the gradients are not finite: it will skip their step."""
         self._install()
         self._released = False
         self.waiting_state: dict[nn.Parameter, dict[str, Any]] = {}
@@ -236,6 +239,9 @@ class EngineOptimizer:
         optimizer._engine_optimizer = self  # type: ignore[attr-defined]
         optimizer.step = types.MethodType(step, optimizer)  # type: ignore[method-assign]
         optimizer.add_param_group = types.MethodType(add_param_group, optimizer)  # type: ignore[method-assign]
+        if self._original_unscaling is not None:
+            # Fused optimizers may unscale while they step. Here scalers do it before, so that clipping is possible.
+            optimizer._step_supports_amp_scaling = False  # type: ignore[attr-defined]
         if not self.direct:
             optimizer.state_dict = self.state_dict  # type: ignore[method-assign]
             optimizer.load_state_dict = self.load_state_dict  # type: ignore[method-assign]
@@ -257,7 +263,7 @@ class EngineOptimizer:
             full = optimizer_state.gather(self)
             parameters = list(self.parameters())
             if self.sharded:
-                mine = full and [full.get(parameter) for parameter in parameters]
+                mine = None if full is None else [full.get(parameter) for parameter in parameters]
                 everyone = self.engine.mesh.shard.gather_objects(mine)
                 full = {p: values for p, values in zip(parameters, everyone[0], strict=True) if values is not None}
             assert full is not None
@@ -269,6 +275,8 @@ class EngineOptimizer:
         optimizer.add_param_group = self._original_add_group  # type: ignore[method-assign]
         optimizer.state_dict = self._original_state_dict  # type: ignore[method-assign]
         optimizer.load_state_dict = self._original_load  # type: ignore[method-assign]
+        if self._original_unscaling is not None:
+            optimizer._step_supports_amp_scaling = self._original_unscaling  # type: ignore[attr-defined]
         del optimizer._engine_optimizer  # type: ignore[attr-defined]
 
     def add_param_group(self, group: dict[str, Any]) -> None:
