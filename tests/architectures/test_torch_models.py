@@ -25,6 +25,23 @@ def test_training_gives_the_parameters_of_the_single_process_and_of_fsdp2(ranks2
     ranks2.run(train, name, row)
 
 
+@pytest.fixture(scope="module")
+def ranks4(ranks_of):
+    return ranks_of(4)
+
+
+def train_in_copies(name: str) -> None:
+    ours = zoo.with_engine(name, "fsdp_hybrid", shard_size=2)
+    zoo.require_equal(ours, zoo.alone(name, dist.get_world_size()))
+    zoo.require_equal(ours, zoo.with_fsdp2(name, 2))
+
+
+@pytest.mark.matrix
+@pytest.mark.parametrize("name", ["two_towers", "experts"])
+def test_what_ranks_use_unevenly_in_two_copies(ranks4, name):
+    ranks4.run(train_in_copies, name)
+
+
 @pytest.mark.parametrize(("name", "row"), zoo.grid(["resnet", "two_towers"]))
 def test_the_trainer_does_too(ranks2, name, row):
     ranks2.run(check_fit, name, row)

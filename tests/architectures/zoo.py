@@ -416,9 +416,9 @@ def set_up(module: nn.Module, row: str, **options: Any) -> tuple[Engine, torch.o
     return engine, optimizer
 
 
-def with_engine(name: str, row: str) -> Trained:
+def with_engine(name: str, row: str, **options: Any) -> Trained:
     case = CASES[name]
-    engine, optimizer = set_up(build(case.make), row, units=case.units)
+    engine, optimizer = set_up(build(case.make), row, units=case.units, **options)
     norms = run_engine(engine, optimizer, case)
     with engine.full_parameters():
         trained = snapshot(engine.module, norms)
@@ -426,15 +426,24 @@ def with_engine(name: str, row: str) -> Trained:
     return trained
 
 
-def with_fsdp2(name: str) -> Trained:
-    """The same with torch's own FSDP2: the same units if all ranks call them, the rest in the root."""
+def with_fsdp2(name: str, shard_size: int | None = None) -> Trained:
+    """The same with torch's own FSDP2: the same units if all ranks call them, the rest in the root.
+
+    Args:
+        name: The case.
+        shard_size: How many neighbouring ranks divide a copy; all by default.
+    """
     case = CASES[name]
     module = build(case.make)
     shapes = {key: parameter.shape for key, parameter in module.named_parameters()}
     for parameter in module.parameters():
         if not parameter.dim():
             parameter.data = parameter.data.view(1)  # it refuses scalars; broadcasting makes no difference
-    mesh = init_device_mesh("cpu", (dist.get_world_size(),))
+    ranks = dist.get_world_size()
+    shard_size = shard_size or ranks
+    mesh = init_device_mesh("cpu", (ranks // shard_size, shard_size), mesh_dim_names=("replicate", "shard"))
+    if shard_size == ranks:
+        mesh = mesh["shard"]
     if case.fsdp2 is None:
         blocks = list(find_blocks(module, case.units).values())
     else:
