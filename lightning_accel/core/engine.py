@@ -338,6 +338,9 @@ class Engine:
     ) -> AbstractContextManager[None]:
         """Within it, parameters have all of their values, whatever the row. All ranks enter and leave it together.
 
+        An optimizer step within it is as on one device: it starts from values that were changed for ``writeback``, and
+        the parameters have its result.
+
         Args:
             module: A part of the model, of which (and of whose units) the parameters are needed; all by default.
             writeback: Keep changes that are made to the values. They must be the same on every rank.

@@ -88,6 +88,7 @@ class Residency:
         self._open: Counter[nn.Module] = Counter()  # calls whose backward has begun and not ended
         self._postponed: nn.Module | None = None  # a block in backward, whose successor is yet to be prefetched
         self._held: Counter[Unit] = Counter()  # by those who are in ``everything``; their forwards free nothing
+        self._written: Counter[Unit] = Counter()  # those of them whose changes are to be kept
         self._hooks: list[Any] = []
         if self.is_active:
             for block in blocks.values():
@@ -248,6 +249,7 @@ class Residency:
     def before_update(self) -> None:
         """Call before this rank's parts are changed: nobody reads them any more."""
         if self.is_active:
+            self._store([unit for unit in self._all() if self._written[unit]])  # the update starts from them
             for unit in self._all():  # held or not: the whole values are the old ones from now on
                 unit.memory.free()
             self._collectives.fence().wait()
@@ -256,6 +258,7 @@ class Residency:
         """Call when this rank's parts have been changed."""
         if self.is_active:
             self._collectives.fence()
+            self._have([unit for unit in self._all() if self._held[unit]])  # a step within ``everything``
             if self._depth:
                 self._bring(None)  # a training_step with several optimizer steps goes on
 
@@ -270,20 +273,19 @@ class Residency:
                 " parameters are gathered and freed there as they are needed."
             )
         before = [unit for unit in units if unit.memory.presence is not Presence.AWAY]
-        for unit in units:
-            unit.memory.fetch()
-        for unit in units:
-            unit.memory.wait()
+        written = units if writeback and self.is_active else ()
+        self._have(units)
         self._held.update(units)
+        self._written.update(written)
         try:
             yield
         finally:
             self._held.subtract(units)
-            self._held = +self._held  # a count of zero would keep the unit, and its memory
-            if writeback and self.is_active:
-                self._collectives.fence().wait()
-                for unit in units:
-                    unit.memory.store()
+            self._written.subtract(written)
+            # A count of zero would keep the unit, and its memory.
+            self._held, self._written = +self._held, +self._written
+            if written:
+                self._store([unit for unit in units if unit.memory.presence is Presence.HERE])  # not if a step failed
                 self._collectives.fence()
             brought = [unit for unit in units if unit not in before]
             if not (self._depth and torch.is_grad_enabled()):  # else the backward to come may need them
@@ -303,11 +305,20 @@ class Residency:
         return [unit for units in self._units.values() for unit in units]
 
     def _bring(self, block: nn.Module | None) -> None:
-        units = self._units.get(block, ())
+        self._have(self._units.get(block, ()))
+
+    def _have(self, units: Sequence[Unit]) -> None:
         for unit in units:
             unit.memory.fetch()
         for unit in units:
             unit.memory.wait()
+
+    def _store(self, units: Sequence[Unit]) -> None:
+        """Keep this rank's parts of values that were changed, when nobody reads the old ones any more."""
+        if units:
+            self._collectives.fence().wait()
+            for unit in units:
+                unit.memory.store()
 
     def _prefetch(self, block: nn.Module, *, backward: bool) -> None:
         """Start to gather what the last pass needed after ``block``."""
