@@ -265,6 +265,13 @@ class Engine:
         self.mesh.close()
         self._closed = True
 
+    def __reduce__(self) -> Any:
+        raise TypeError(
+            "Expected what is pickled or copied to hold no engine, as what fabric.setup returned and Trainers do. Save"
+            " the module that you made, or better its state_dict(): on every rank, within `with"
+            " engine.full_parameters():`. Or use trainer.save_checkpoint(...) or fabric.save(...)."
+        )
+
     @property
     def is_fetched_from(self) -> bool:
         """Whether other ranks read this one's part of the parameters when they need it."""

@@ -25,7 +25,7 @@ from __future__ import annotations
 import weakref
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from functools import partial
 from typing import Any
 
@@ -37,6 +37,24 @@ from lightning_accel.core.collectives import Collectives
 from lightning_accel.core.parameter_memory import Presence
 from lightning_accel.core.placement import Rest, Row
 from lightning_accel.core.unit import Unit
+
+
+class _Hook:
+    """A hook on a module.
+
+    Copies and pickles of the module take its hooks along. Of this one they get a function of Python's own that does
+    nothing: they hold no engine, and a file loads where this package is not installed.
+    """
+
+    def __init__(self, function: Callable[..., None]) -> None:
+        self._function = function
+
+    @torch.compiler.disable  # type: ignore[untyped-decorator]
+    def __call__(self, *args: Any) -> None:
+        self._function(*args)
+
+    def __reduce__(self) -> Any:
+        return getattr, (nullcontext(), "__exit__")
 
 
 class _Call:
@@ -92,11 +110,11 @@ class Residency:
         self._hooks: list[Any] = []
         if self.is_active:
             for block in blocks.values():
-                self._hooks.append(block.register_forward_pre_hook(self._enter, prepend=True, with_kwargs=True))
-                self._hooks.append(block.register_forward_hook(self._leave))
+                self._hooks.append(block.register_forward_pre_hook(_Hook(self._enter), prepend=True, with_kwargs=True))
+                self._hooks.append(block.register_forward_hook(_Hook(self._leave)))
             # Registered later, so run earlier: a root that is a block itself must find the rest there.
-            self._hooks.append(module.register_forward_pre_hook(self._enter_module, prepend=True))
-            self._hooks.append(module.register_forward_hook(self._leave_module, always_call=True))
+            self._hooks.append(module.register_forward_pre_hook(_Hook(self._enter_module), prepend=True))
+            self._hooks.append(module.register_forward_hook(_Hook(self._leave_module), always_call=True))
 
     def attach(self, units: Sequence[Unit]) -> None:
         """Take over the units of a new layout; all of them are away."""
@@ -111,10 +129,6 @@ class Residency:
         self._hooks.clear()
         self._units = {}
 
-    def __deepcopy__(self, memo: Any) -> Residency:
-        """A copy of the module takes the hooks along; for other modules than these they do nothing."""
-        return self
-
     # ----------------------------------------------------------------- forward
 
     @contextmanager
@@ -126,16 +140,13 @@ class Residency:
         finally:
             self._leave_root()
 
-    def _enter_module(self, module: nn.Module, *_: Any) -> None:
-        if module is not self._module:
-            return
+    def _enter_module(self, *_: Any) -> None:
         if self._depth == 0:
             self._prepare()
         self._enter_root()
 
-    def _leave_module(self, module: nn.Module, *_: Any) -> None:
-        if module is self._module:
-            self._leave_root()
+    def _leave_module(self, *_: Any) -> None:
+        self._leave_root()
 
     @torch.compiler.disable  # type: ignore[untyped-decorator]
     def _enter_root(self) -> None:
@@ -154,7 +165,6 @@ class Residency:
             if not torch.is_grad_enabled():
                 self._let_go(self._all())
 
-    @torch.compiler.disable  # type: ignore[untyped-decorator]
     def _enter(self, block: nn.Module, args: Any, kwargs: Any) -> None:
         if block not in self._units:
             return
@@ -171,7 +181,6 @@ class Residency:
             for tensor in inputs:
                 tensor.register_hook(partial(_input_arrived, weakref.ref(self), call))  # type: ignore[no-untyped-call]
 
-    @torch.compiler.disable  # type: ignore[untyped-decorator]
     def _leave(self, block: nn.Module, args: Any, output: Any) -> None:
         if block not in self._units:
             return

@@ -1,6 +1,10 @@
 """The model is used within `full_parameters`: values stay there, and changes are kept."""
 
 import copy
+import gc
+import io
+import pickle
+import weakref
 
 import pytest
 import torch
@@ -89,6 +93,57 @@ def test_a_deep_copy_is_a_plain_module(ranks2, row):
     assert max(ranks2.run(train_with_copies, row)) < 1e-12
 
 
+def pickle_within(row: str) -> bytes:
+    module, alone = build(Net), build(Net)
+    engine, theirs = Engine(module, row), adamw(alone.parameters())
+    optimizer = adamw(module.parameters())
+    engine.add_optimizer(optimizer)
+    train(engine, optimizer, 1)
+    train_alone(alone, theirs, 1, dist.get_world_size())
+    if row in SHARDED:
+        for part in (module, module.blocks[0], optimizer):
+            with pytest.raises(RuntimeError, match=r"got pickling .* `with engine\.full_parameters\(\):`"):
+                pickle.dumps(part)
+    with engine.full_parameters():
+        with pytest.raises(TypeError, match=r"the module that you made, or better its state_dict\(\)"):
+            pickle.dumps({"engine": engine})
+        pickles = [pickle.dumps(module), pickle.dumps(copy.deepcopy(module))]
+        file = io.BytesIO()
+        torch.save(module, file)
+    train(engine, optimizer, 1)
+    engine.close()
+    file.seek(0)
+    x, _ = data(1, 1)
+    expected = alone(x[0])
+    for restored in (*map(pickle.loads, pickles), torch.load(file, weights_only=False)):
+        assert relative_error(restored.parameters(), alone.parameters()) < 1e-12
+        assert relative_error([restored(x[0])], [expected]) < 1e-12
+    return pickles[0]
+
+
+@pytest.mark.parametrize("row", ["zero2", *SHARDED])
+def test_a_pickle_is_a_plain_module(ranks2, row):
+    for made in ranks2.run(pickle_within, row):
+        assert b"lightning_accel" not in made, "it loads where this package is not installed"
+
+
+def let_go(row: str) -> bool:
+    engine = Engine(build(Net), row)
+    engine.add_optimizer(adamw(engine.module.parameters()))
+    with engine.full_parameters():
+        copied = copy.deepcopy(engine.module)
+    engine.close()
+    reference = weakref.ref(engine)
+    del engine
+    gc.collect()
+    return reference() is None and copied is not None
+
+
+@pytest.mark.parametrize("row", SHARDED)
+def test_a_deep_copy_keeps_no_engine_alive(ranks2, row):
+    assert ranks2.run(let_go, row) == [True, True]
+
+
 def change(module: torch.nn.Module, factor: float) -> None:
     with torch.no_grad():
         for parameter in module.parameters():
@@ -150,6 +205,12 @@ class Refusing(torch.optim.SGD):
         raise LookupError("no step today")
 
 
+def change_and_step(engine: Engine, optimizer: torch.optim.Optimizer) -> None:
+    with engine.full_parameters(writeback=True):
+        change(engine.module, 1.25)
+        optimizer.step()
+
+
 def fail_within(row: str) -> float:
     module = build(Net)
     start = [parameter.detach().clone() for parameter in module.parameters()]
@@ -158,9 +219,8 @@ def fail_within(row: str) -> float:
     engine.add_optimizer(optimizer)
     x, y = data(1, 1)
     engine.backward(mse(module, x[0], y[0]))
-    with pytest.raises(LookupError, match="no step today"), engine.full_parameters(writeback=True):
-        change(module, 1.25)
-        optimizer.step()
+    with pytest.raises(LookupError, match="no step today"):
+        change_and_step(engine, optimizer)
     error = relative_error(values(engine), [1.25 * value for value in start])
     engine.close()
     return error
