@@ -10,7 +10,7 @@ from typing import Any
 import lightning.pytorch as pl
 import pytest
 import torch
-from averaging import assert_same, fit, library
+from averaging import Counting, assert_same, fit, library
 from models import assert_close
 from torch.optim.swa_utils import get_ema_avg_fn
 
@@ -68,8 +68,9 @@ def test_the_checkpoint_is_lightnings_and_either_continues_from_it(ranks4: Ranks
     else:
         pairs = [(saved["state_dict"], saved["current_model_state"]) for saved in (ours, theirs)]
         assert ours["averaging_state"] == theirs["averaging_state"]
+    names = {name for name, _ in Counting().named_parameters()}  # SWA leaves an average's buffers as they were
     for actual, expected in zip(*pairs, strict=True):
-        assert_close(actual, expected)
+        assert_close({name: actual[name] for name in names}, {name: expected[name] for name in names})
     expected_end = fit_kind("auto", kind)
     assert_same(fit_kind("auto", kind, ckpt_path=tmp_path / "ranks.ckpt"), expected_end)
     for result in ranks4.run(fit_kind, "hybrid", kind, ckpt_path=tmp_path / "alone.ckpt"):
