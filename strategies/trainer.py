@@ -40,7 +40,8 @@ from lightning_accel.strategies.options import EngineOptions, Recomputed, reject
 from lightning_accel.strategies.schedule import hold_schedules
 
 _GRACE_S = 10.0
-"""Seconds that a rank which saves after an exception waits for the others to do the same."""
+"""Seconds that a rank which saves after an exception waits for the others to do the same; as many do children have to
+end by themselves after rank 0 failed."""
 
 START_METHODS: dict[str, Literal["popen", "spawn", "fork"]] = {
     "": "popen",
@@ -336,15 +337,34 @@ class AccelStrategy(DDPStrategy):
 
     def _require_peers(self) -> None:
         """Raise instead of waiting for ranks that do not save: one has failed and its callbacks want a checkpoint."""
-        module = self.lightning_module
-        trainer = None if module is None else module._trainer
-        if trainer is None or trainer.state.status != TrainerStatus.INTERRUPTED or self.engine is None:
+        if not self._is_interrupted or self.engine is None or self.engine.is_closed:
             return
         if not self.engine.collectives.meet_within(_GRACE_S):
+            # What a callback raises within ``on_exception`` keeps Lightning from all that it would do next.
+            self._end_soon(grace_s=2.0)  # the others have had theirs
+            self.engine.close(abandon=True)
             raise RuntimeError(
-                f"Expected all ranks to save a checkpoint, but after {_GRACE_S:.0f} s some do not, while this one does"
-                " because of an exception: the state that rests sharded cannot be collected."
+                "Expected all ranks to save a checkpoint, as this one does because of an exception (its traceback is"
+                f" above), but some have failed or did not come within {_GRACE_S:.0f} s. What rests sharded cannot be"
+                " collected without them."
             )
+
+    @property
+    def _is_interrupted(self) -> bool:
+        module = self.lightning_module
+        trainer = None if module is None else module._trainer
+        return trainer is not None and trainer.state.status == TrainerStatus.INTERRUPTED
+
+    def _end_soon(self, grace_s: float = _GRACE_S) -> None:
+        self._failed = True
+        if isinstance(self._launcher, _SubprocessScriptLauncher):
+            end_children_at_exit(self._launcher.procs, grace_s)
+
+    @override
+    def barrier(self, name: str | None = None, *args: Any, **kwargs: Any) -> None:
+        if name == "Trainer.save_checkpoint":
+            self._require_peers()
+        super().barrier(name, *args, **kwargs)
 
     def _whole(self, *, writeback: bool = False) -> AbstractContextManager[None]:
         open_engine = self.engine is not None and not self.engine.is_closed
@@ -395,9 +415,8 @@ class AccelStrategy(DDPStrategy):
     @override
     def on_exception(self, exception: BaseException) -> None:
         explain(exception)
-        self._failed = not isinstance(exception, KeyboardInterrupt)
-        if self._failed and isinstance(self._launcher, _SubprocessScriptLauncher):
-            end_children_at_exit(self._launcher.procs)
+        if not isinstance(exception, KeyboardInterrupt):
+            self._end_soon()
 
     @override
     def teardown(self) -> None:

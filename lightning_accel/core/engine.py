@@ -286,6 +286,13 @@ class Engine:
         self.mesh.close()
         self._closed = True
 
+    def __reduce__(self) -> Any:
+        raise TypeError(
+            "Expected what is pickled or copied to hold no engine, as what fabric.setup returned and Trainers do. Save"
+            " the module that you made, or better its state_dict(): on every rank, within `with"
+            " engine.full_parameters():`. Or use trainer.save_checkpoint(...) or fabric.save(...)."
+        )
+
     @property
     def is_fetched_from(self) -> bool:
         """Whether other ranks read this one's part of the parameters when they need it."""
@@ -363,6 +370,9 @@ class Engine:
         self, module: nn.Module | None = None, *, writeback: bool = False
     ) -> AbstractContextManager[None]:
         """Within it, parameters have all of their values, whatever the row. All ranks enter and leave it together.
+
+        An optimizer step within it is as on one device: it starts from values that were changed for ``writeback``, and
+        the parameters have its result.
 
         Args:
             module: A part of the model, of which (and of whose units) the parameters are needed; all by default.
