@@ -32,6 +32,7 @@ from lightning_accel.core.materialise import InitFn, has_meta
 from lightning_accel.core.offload import OffloadKind, require_offload
 from lightning_accel.core.partition import Units
 from lightning_accel.core.placement import Row
+from lightning_accel.core.registry import engines_of
 from lightning_accel.plugins.precision import require_known_scaler, with_engine
 from lightning_accel.strategies.averaging import require_averaging_in_parts
 from lightning_accel.strategies.compact import compact, keep
@@ -93,7 +94,9 @@ class AccelStrategy(DDPStrategy):
     """The engine of the current or last fit; None before. In other stages, only of parameters that rest sharded.
 
     At the end of a stage it gives the model back with all of its values and is closed. If the model came without values
-    (on the meta device), and these rest sharded, they stay so and the engine open: the next stage goes on with it."""
+    (on the meta device), and these rest sharded, they stay so and the engine open: the next stage goes on with it. A
+    model that was changed meanwhile, or comes to another strategy of this package, is made whole first; to have that
+    for any other use call ``close()`` on every rank."""
 
     def __init__(
         self,
@@ -147,6 +150,7 @@ class AccelStrategy(DDPStrategy):
         )
         self.engine = None
         self._failed = False
+        self._was_set_up = False  # in this stage
         self._awaited: tuple[dict[str, Any], bool] | None = None  # values for a model that is on the meta device still
 
     # ---------------------------------------------------------------- plugins
@@ -217,7 +221,10 @@ class AccelStrategy(DDPStrategy):
             loop.inference_mode = False
         trainer.predict_loop.inference_mode = False
         self._failed = False
+        self._was_set_up = True
         if not self._goes_on(fitting):
+            for former in self._open_engines():
+                former.close()
             self.engine = None
             self.model = self.precision_plugin.convert_module(self.model)
             self.model_to_device()
@@ -253,7 +260,18 @@ class AccelStrategy(DDPStrategy):
         """Whether the last stage has left this very model in parts, as this one wants it."""
         if self.engine is None or self.engine.is_closed or self.engine.module is not self.model:
             return False
-        return not (fitting and self._layer_sync)  # which has replaced layers
+        if fitting and self._layer_sync:
+            return False  # it has replaced layers
+        return self.engine.names == {parameter: name for name, parameter in self.model.named_parameters()}
+
+    def _open_engines(self) -> list[Engine]:
+        """The engines that have the model in parts: of this stage, or left so by another strategy or Trainer."""
+        module = self._lightning_module
+        found = [] if module is None else engines_of(module)
+        ours = self.engine
+        if ours is not None and not ours.is_closed and ours.module is self.model and ours not in found:
+            found.append(ours)  # all parameters were replaced
+        return found
 
     @property
     def _leaves_in_parts(self) -> bool:
@@ -366,9 +384,12 @@ class AccelStrategy(DDPStrategy):
             self._require_peers()
         super().barrier(name, *args, **kwargs)
 
-    def _whole(self, *, writeback: bool = False) -> AbstractContextManager[None]:
-        open_engine = self.engine is not None and not self.engine.is_closed
-        return self.engine.full_parameters(writeback=writeback) if open_engine else nullcontext()  # type: ignore[union-attr]
+    @contextmanager
+    def _whole(self, *, writeback: bool = False) -> Iterator[None]:
+        with ExitStack() as stack:
+            for engine in self._open_engines():
+                stack.enter_context(engine.full_parameters(writeback=writeback))
+            yield
 
     @override
     def lightning_module_state_dict(self) -> dict[str, Any]:
@@ -421,17 +442,20 @@ class AccelStrategy(DDPStrategy):
     @override
     def teardown(self) -> None:
         self._at_teardown.close()
-        in_parts = self._leaves_in_parts
-        if self.engine is not None:
-            if in_parts:
+        # What an earlier stage has left in parts stays so if this one has failed before it had to do with it.
+        if self.engine is not None and self._was_set_up:
+            if self._leaves_in_parts:
                 self.engine.dismiss_optimizers()
             else:
                 # After a failure nobody may answer any more.
                 self.engine.close(abandon=self._failed)
+        self._was_set_up = False
         module = self._lightning_module
-        if module is not None and (in_parts or has_meta(module)):
+        if module is not None and (engines_of(module) or has_meta(module)):
             # Lightning would move the module to the CPU: there is nothing to move, or (if setting up has failed) that
             # error would hide the cause.
+            if self._layer_sync and module._trainer is not None and module._trainer.state.fn == TrainerFn.FITTING:
+                self.model = self._layer_sync.revert(module)
             self._lightning_module = None
         super().teardown()
         self._lightning_module = module

@@ -490,13 +490,21 @@ def connect(device: torch.device, group: dist.ProcessGroup | None = None) -> Col
 
         messages = GlooCollectives(device, group, group)
         return (messages.ranks > 1 and DirectCollectives.connect(messages)) or messages
-    control = dist.new_group(
+    return TorchCollectives(device, group, group_beside(group, device))
+
+
+def group_beside(group: dist.ProcessGroup | None, device: torch.device) -> dist.ProcessGroup:
+    """A gloo group of the same ranks, for messages of the host. All of them make it together."""
+    whole = group is None or group is dist.group.WORLD
+    made: dist.ProcessGroup = dist.new_group(
         dist.get_process_group_ranks(group),
-        backend="gloo",
         timeout=timeout_of(group, device),
-        use_local_synchronization=True,  # the group may be a part of all processes: only its own take part
+        backend="gloo",
+        # Of a part of all processes only its own take part. Torch then makes the name from the number of groups that a
+        # process is in, which may differ between ranks: where all take part it is not done so.
+        use_local_synchronization=not whole,
     )
-    return TorchCollectives(device, group, control)
+    return made
 
 
 def timeout_of(group: dist.ProcessGroup | None, device: torch.device) -> timedelta:

@@ -18,6 +18,7 @@ import os
 import weakref
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
+from functools import partial
 from typing import Any
 
 import torch
@@ -227,8 +228,9 @@ class Engine:
             self._hooks.pop(parameter).remove()
         for parameter in current:
             if parameter.requires_grad and parameter not in self._hooks:
+                # Weak: torch keeps these hooks where gc cannot follow, and would keep what they refer to for ever.
                 self._hooks[parameter] = parameter.register_post_accumulate_grad_hook(  # type: ignore[no-untyped-call]
-                    self._on_gradient
+                    partial(_gradient_arrived, weakref.ref(self))
                 )
         for watcher in self._watchers:
             if (told := watcher()) is not None:
@@ -248,12 +250,14 @@ class Engine:
         self.wait()
         for unit in self.units:
             unit.drop_gradients()
+            unit.memory.free()  # a forward that no backward followed has left it there
             self._roster.owner[unit] = None
         for optimizer in self.optimizers:
             optimizer.release()
         self.optimizers.clear()
         self._pool.clear()
         self.mark_stale()
+        self.build()  # now, while all take part: afterwards ranks may evaluate as often as they like
 
     def close(self, *, abandon: bool = False) -> None:
         """Finish what is under way and give the module its parameters' memory back. Optimizers can still save.
@@ -591,3 +595,13 @@ class Engine:
     def report(self) -> Report:
         """Bytes at rest by kind of state, and what the last optimizer step sent, as really allocated and sent."""
         return measure(self, self._counts, self._pool.peak_bytes, self._roster.gauge.peak)
+
+
+def _gradient_arrived(engine: weakref.ref[Engine], parameter: nn.Parameter) -> None:
+    found = engine()
+    if found is None:
+        raise RuntimeError(
+            "Expected the engine of a model that is trained to be kept, but nothing refers to it any more. Keep the"
+            " engine, an optimizer that was given to it, or what fabric.setup returned."
+        )
+    found._on_gradient(parameter)

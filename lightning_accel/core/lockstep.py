@@ -17,7 +17,7 @@ import weakref
 import torch
 import torch.distributed as dist
 
-from lightning_accel.core.collectives import Collectives, timeout_of
+from lightning_accel.core.collectives import Collectives, group_beside
 
 _REMEDY = (
     "Ranks that share no memory must call a model whose parameters rest sharded equally often, and use the same parts"
@@ -103,10 +103,5 @@ def _group_beside(collectives: Collectives) -> dist.ProcessGroup:
     whole = collectives.group or dist.group.WORLD
     assert whole is not None
     if whole not in _groups:
-        _groups[whole] = dist.new_group(
-            dist.get_process_group_ranks(whole),
-            timeout=timeout_of(whole, collectives.device),
-            backend="gloo",
-            use_local_synchronization=True,
-        )
+        _groups[whole] = group_beside(whole, collectives.device)
     return _groups[whole]

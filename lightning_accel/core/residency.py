@@ -136,27 +136,28 @@ class Residency:
     @contextmanager
     def forward(self) -> Iterator[None]:
         """Within it, parameters that belong to no block are there."""
-        self._enter_root()
         try:
+            self._enter_root()
             yield
         finally:
             self._leave_root()
 
     def _enter_module(self, *_: Any) -> None:
-        if self._depth == 0:
-            self._prepare()
-        self._enter_root()
+        self._enter_root(self._prepare)
 
     def _leave_module(self, *_: Any) -> None:
         self._leave_root()
 
     @torch.compiler.disable  # type: ignore[untyped-decorator]
-    def _enter_root(self) -> None:
-        if self.is_active and self._depth == 0:
-            self._running = []
-            if not self.in_backward:
-                self._lockstep.enter("forward")
-        self._depth += 1
+    def _enter_root(self, prepare: Callable[[], None] | None = None) -> None:
+        self._depth += 1  # first: whatever is raised here, the root is left again
+        if self._depth == 1:
+            if prepare is not None:
+                prepare()
+            if self.is_active:
+                self._running = []
+                if not self.in_backward:
+                    self._lockstep.enter("forward")
         self._bring(None)
 
     @torch.compiler.disable  # type: ignore[untyped-decorator]

@@ -502,6 +502,23 @@ def test_ranks_may_evaluate_a_different_number_of_batches(ranks2, row):
     assert relative_error(ours, theirs) == 0
 
 
+def evaluated_by_one(row, make_optimizer):
+    engine, optimizer = started(row, optimizer=make_optimizer)
+    train(engine, optimizer, 1)
+    engine.dismiss_optimizers()
+    if dist.get_rank() == 0:
+        with torch.no_grad(), engine.forward_context():
+            engine.module(data(1, 1)[0][0])
+    dist.barrier()
+    engine.close()
+    return True
+
+
+@pytest.mark.parametrize("make_optimizer", [adamw, torch.optim.Adafactor])
+def test_one_rank_may_evaluate_when_optimizers_have_gone(ranks2, make_optimizer):
+    assert ranks2.run(evaluated_by_one, "fsdp", make_optimizer) == [True] * 2
+
+
 def forgotten(row):
     before = threading.active_count()
     engine, optimizer = started(row)
@@ -516,6 +533,20 @@ def forgotten(row):
 @pytest.mark.parametrize("row", everyday(ROW_NAMES))
 def test_a_closed_engine_leaves_nothing_behind(ranks2, row):
     assert ranks2.run(forgotten, row) == [(0, True)] * 2
+
+
+def forgotten_open(row):
+    engine, optimizer = started(row)
+    train(engine, optimizer, 1)
+    found = [weakref.ref(engine), weakref.ref(engine.module), weakref.ref(optimizer), weakref.ref(engine.units[0])]
+    del engine, optimizer
+    gc.collect()
+    return [reference() is None for reference in found]
+
+
+@pytest.mark.parametrize("row", everyday(ROW_NAMES))
+def test_an_open_engine_that_nobody_has_any_more_leaves_nothing_behind(ranks2, row):
+    assert ranks2.run(forgotten_open, row) == [[True] * 4] * 2
 
 
 def interrupted(row):

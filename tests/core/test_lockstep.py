@@ -74,6 +74,49 @@ def test_one_more_forward_on_one_rank(ranks2: Ranks, kind: type, row: str) -> No
         assert took < SOON_S
 
 
+def goes_on(kind: type) -> tuple[str, float, list[str]]:
+    """What was raised before a forward, and the loss of a step after it beside the one that it should be."""
+    alone = build(Net)
+    train_alone(alone, adamw(alone.parameters()), 1, dist.get_world_size())
+    engine, optimizer = started(kind, build(Net), "fsdp")
+    message = ""
+    try:
+        if dist.get_rank() == 0:
+            with torch.no_grad():
+                engine.module(data(1, 1)[0][0])
+        else:
+            with engine.full_parameters():
+                pass
+    except RuntimeError as error:
+        message = str(error)
+    train(engine, optimizer, 1)
+    with torch.no_grad():
+        engine.module(data(1, 1)[0][0])
+    there = [unit.memory.presence.name for unit in engine.units]
+    error = relative_error(values(engine), alone.parameters())
+    engine.close()
+    return message, error, there
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_ranks_that_were_told_may_go_on(ranks2: Ranks, kind: type) -> None:
+    for message, error, there in ranks2.run(goes_on, kind):
+        assert "rank 0 came to forward and rank 1 to full_parameters()." in message
+        assert error < 1e-12
+        assert set(there) == {"AWAY"}
+
+
+def beside_a_group_of_one_rank() -> int:
+    dist.new_group([0], timeout=timedelta(seconds=5))
+    engine, _ = started(TorchCollectives, build(Net), "fsdp")
+    engine.close()
+    return dist.get_rank()
+
+
+def test_ranks_may_be_in_different_numbers_of_groups(ranks2: Ranks) -> None:
+    assert ranks2.run(beside_a_group_of_one_rank) == [0, 1]
+
+
 class Either(nn.Module):
     """Two experts of one size: each rank uses another one."""
 

@@ -457,7 +457,9 @@ def trained_by_two_in_turn(row, make_optimizer):
         optimizer = make_optimizer(module.parameters())
         engine.add_optimizer(optimizer)
         train(engine, optimizer, 3)
+        module(data(1, 1)[0][0])  # no backward follows
         engine.dismiss_optimizers()
+        assert not any(unit.memory.is_sharded and unit.memory.presence.name == "HERE" for unit in engine.units)
         former, states = optimizer, [optimizer.state_dict(), reference.state_dict()]
     assert all(parameter.grad is None for parameter in module.parameters())
     assert engine.report().at_rest["gradients"] == 0

@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+import lightning.pytorch as pl
 import pytest
 import torch
 import torch.distributed as dist
@@ -239,6 +240,109 @@ def test_a_model_that_came_without_values_is_never_whole(ranks2: Ranks) -> None:
         assert losses == pytest.approx(expected_losses, rel=1e-12)
         whole = 8 * sum(value.numel() for value in expected.values())
         assert 0 < gathered < whole
+
+
+def fit_in_parts(**arguments: Any) -> tuple[Any, Late, dict[str, Tensor]]:
+    torch.manual_seed(11)
+    made, module = trainer("accel_fsdp", **arguments), Late(empty=True)
+    made.fit(module, loader())
+    assert engine_of(module) is made.strategy.engine
+    return made, module, values(module)
+
+
+def go_on_elsewhere(strategy: str, path: Path | None) -> list[float]:
+    torch.set_default_dtype(torch.float64)
+    try:
+        made, module, _ = fit_in_parts()
+        if path is not None:
+            made.save_checkpoint(path)
+        other = trainer(strategy)
+        losses = [
+            made.validate(module, loader(), verbose=False)[0]["val_loss"],
+            other.validate(module, loader(), ckpt_path=path, verbose=False)[0]["val_loss"],
+            made.validate(module, loader(), verbose=False)[0]["val_loss"],
+        ]
+        other.fit(module, loader())
+        assert all(value.isfinite().all() for value in values(module).values())
+        return losses
+    finally:
+        torch.set_default_dtype(torch.float32)
+
+
+@pytest.mark.parametrize(("strategy", "saves"), [("accel_fsdp", True), ("accel_fsdp", False), ("accel_ddp", False)])
+def test_a_model_in_parts_goes_on_with_another_trainer(
+    ranks2: Ranks, strategy: str, saves: bool, tmp_path: Path
+) -> None:
+    for losses in ranks2.run(go_on_elsewhere, strategy, tmp_path / "a.ckpt" if saves else None):
+        assert losses == pytest.approx(losses[:1] * 3, rel=1e-12)
+
+
+def fit_with_another_head() -> tuple[bool, bool]:
+    torch.set_default_dtype(torch.float64)
+    try:
+        made, module, _ = fit_in_parts()
+        module.net[4] = nn.Linear(8, 3)
+        before = module.net[4].weight.detach().clone()
+        made.fit_loop.max_epochs = 2
+        made.fit(module, loader())
+        changed = not torch.equal(values(module)["net.4.weight"], before)
+        return changed, all(value.isfinite().all() for value in values(module).values())
+    finally:
+        torch.set_default_dtype(torch.float32)
+
+
+def test_a_model_in_parts_may_get_another_head(ranks2: Ranks) -> None:
+    assert ranks2.run(fit_with_another_head) == [(True, True)] * 2
+
+
+class Mistaken(pl.Callback):
+    """Fails before a stage has begun."""
+
+    is_on = False
+
+    def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
+        if self.is_on:
+            raise ValueError("a mistake")
+
+
+def mistake_before_a_stage() -> bool:
+    torch.set_default_dtype(torch.float64)
+    try:
+        mistaken = Mistaken()
+        made, module, before = fit_in_parts(callbacks=[mistaken])
+        mistaken.is_on = True
+        with pytest.raises(ValueError, match="a mistake"):
+            made.test(module, loader())
+        mistaken.is_on = False
+        made.test(module, loader(), verbose=False)
+        return all(torch.equal(value, before[name]) for name, value in values(module).items())
+    finally:
+        torch.set_default_dtype(torch.float32)
+
+
+def test_a_model_in_parts_outlives_an_error_before_the_next_stage(ranks2: Ranks) -> None:
+    assert ranks2.run(mistake_before_a_stage) == [True] * 2
+
+
+class Normalised(Late):
+    def configure_model(self) -> None:
+        if self.net is None:
+            with torch.device("meta"):
+                self.net = nn.Sequential(nn.Linear(5, 8), nn.BatchNorm1d(8), nn.Linear(8, 3))
+
+
+def kinds_after_fit() -> list[str]:
+    module = Normalised(empty=True)
+    # No batch: torch has synchronised BatchNorm for devices only.
+    made = trainer("accel_fsdp", sync_batchnorm=True, max_epochs=0)
+    made.fit(module, loader())
+    assert engine_of(module) is made.strategy.engine
+    return [type(part).__name__ for part in module.net]
+
+
+def test_a_model_in_parts_has_its_own_batch_norm_after_fit(ranks2: Ranks) -> None:
+    for kinds in ranks2.run(kinds_after_fit):
+        assert "SyncBatchNorm" not in kinds
 
 
 def evaluate_on_meta(row: str) -> dict[str, Tensor]:
