@@ -18,6 +18,7 @@ import os
 import weakref
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
+from functools import partial
 from typing import Any
 
 import torch
@@ -29,6 +30,7 @@ from lightning_accel.core.agreement import BufferVersions, synchronise
 from lightning_accel.core.arrivals import Arrivals
 from lightning_accel.core.clipping import clip_grad_norm, clip_grad_value, grad_norm
 from lightning_accel.core.collectives import Collectives
+from lightning_accel.core.dtypes import Dtypes
 from lightning_accel.core.materialise import InitFn, Materialiser, has_meta
 from lightning_accel.core.memory import keep_freed_memory
 from lightning_accel.core.mesh import Mesh, ranks_of_node
@@ -65,6 +67,11 @@ class Engine:
         offload: ``"optimizer"``: optimizer state is kept in host memory and the step runs there. ``"parameters"``: this
             rank's part of the parameters as well.
         offload_dir: A folder for files that optimizer state is kept in, instead of memory.
+        param_dtype: What forward and backward compute with instead of parameters of a wider dtype and two or more
+            dimensions, and what is gathered. The optimizer updates this rank's part in the dtype that parameters came
+            with. For rows that shard optimizer state. See core/dtypes.py.
+        reduce_dtype: What gradients travel in, for rows that reduce in every backward; by default what they are
+            computed in. They are added up in the dtype that parameters came with.
 
     Raises:
         ValueError: If the row or a unit does not exist, the ranks' models differ, ``shard_size`` does not divide the
@@ -97,6 +104,8 @@ class Engine:
         device: torch.device | None = None,
         offload: OffloadKind | None = None,
         offload_dir: str | os.PathLike[str] | None = None,
+        param_dtype: torch.dtype | None = None,
+        reduce_dtype: torch.dtype | None = None,
     ) -> None:
         if not bucket_cap_mb > 0:
             raise ValueError(f"Expected bucket_cap_mb to be positive, got {bucket_cap_mb}.")
@@ -105,6 +114,7 @@ class Engine:
             raise ValueError(f"Expected shard_size for hybrid rows only, got {shard_size} for row {self.row.name!r}.")
         self.offload = Offload.of(offload, offload_dir, self.row)
         """What is kept away from the device."""
+        dtypes = Dtypes.checked(param_dtype, reduce_dtype, self.row)
         self.module = module
         for former in engines_of(module):
             former.close()  # as when a cell of a notebook is run again
@@ -132,7 +142,7 @@ class Engine:
         self._pool = BufferPool(keeps=self.row.parameters is Rest.REPLICATED)
         cap_bytes = int(bucket_cap_mb * 2**20)
         on_host = self.offload.parameters
-        self._roster = Roster(self.row, self.blocks, cap_bytes, self.mesh, self._pool, on_host=on_host)
+        self._roster = Roster(self.row, self.blocks, cap_bytes, self.mesh, self._pool, on_host=on_host, dtypes=dtypes)
         self._residency = Residency(module, self.blocks, self.row, self.mesh.shard, self.before_forward)
         if materialiser is not None:
             self._roster.rebuild(self.names, [], materialiser.run)
@@ -147,6 +157,10 @@ class Engine:
         self._synchronise = True
         self._in_backward = False
         self._watchers: list[weakref.WeakMethod[Callable[[], None]]] = []  # told of new layouts
+        if dtypes.param is not None and not self._residency.is_active:
+            # What the first forward computes with must be rounded already, even if nobody has announced it.
+            hook = module.register_forward_pre_hook(partial(_before_forward, weakref.ref(self)), prepend=True)
+            self.at_close.callback(hook.remove)
         register(self)
 
     # ------------------------------------------------------------------ set-up
@@ -474,6 +488,8 @@ class Engine:
 
     def _announce(self, units: Sequence[Unit]) -> None:
         """Let the other ranks have what this one has changed in its parts of some units."""
+        for unit in units:
+            unit.memory.refresh()
         if self.row.parameters is Rest.SHARDED:
             self._residency.after_update()
         elif self.row.optimizer_state is Rest.SHARDED:
@@ -566,3 +582,9 @@ class Engine:
     def report(self) -> Report:
         """Bytes at rest by kind of state, and what the last optimizer step sent, as really allocated and sent."""
         return measure(self, self._counts, self._pool.peak_bytes, self._roster.gauge.peak)
+
+
+def _before_forward(reference: weakref.ref[Engine], module: nn.Module, _: Any) -> None:
+    engine = reference()
+    if engine is not None and engine.module is module:  # not a copy that took the hook along
+        engine.before_forward()

@@ -276,13 +276,17 @@ class Residency:
                 "Expected full_parameters() to be used between steps, got it within the model's forward or backward:"
                 " parameters are gathered and freed there as they are needed."
             )
-        before = [unit for unit in units if unit.memory.presence is not Presence.AWAY]
         if self.is_active:
             self._lockstep.enter("full_parameters()")
+        masters = [unit for unit in units if unit.memory.has_master]
+        units = [unit for unit in units if not unit.memory.has_master]
+        before = [unit for unit in units if unit.memory.presence is not Presence.AWAY]
         self._fetch(units)
         for unit in units:
             unit.memory.wait()
         self._held.update(units)
+        for unit in masters:
+            unit.memory.show_master()
         try:
             yield
         finally:
@@ -293,6 +297,9 @@ class Residency:
                 self._collectives.fence("the end of full_parameters(writeback=True)").wait()
                 for unit in units:
                     unit.memory.store()
+            for unit in masters:
+                unit.memory.hide_master(keep=writeback)
+            if writeback and self.is_active:
                 self._collectives.fence("the end of writing values back")
             brought = [unit for unit in units if unit not in before]
             if not (self._depth and torch.is_grad_enabled()):  # else the backward to come may need them

@@ -78,6 +78,8 @@ class Unit:
         gauge: Told about memory of gathered parameters.
         block: The module that all of the parameters belong to; None if that is just the whole model.
         on_host: Keep this rank's part of parameters that rest sharded in host memory.
+        dtype: What the model computes with, if not the parameters' own.
+        reduce_dtype: What gradients travel in, where each backward reduces; by default what they are computed in.
 
     """
 
@@ -93,6 +95,8 @@ class Unit:
         gauge: Gauge,
         block: nn.Module | None = None,
         on_host: bool = False,
+        dtype: torch.dtype | None = None,
+        reduce_dtype: torch.dtype | None = None,
     ) -> None:
         self.name = name
         self.layout = layout
@@ -115,7 +119,13 @@ class Unit:
         self._inside = False  # see [Note: one copy's sum]
         self.writes = 0
 
-        self.memory = ParameterMemory(self.parameters, self.names, layout, row, mesh.shard, gauge, on_host)
+        self.memory = ParameterMemory(self.parameters, self.names, layout, row, mesh.shard, gauge, on_host, dtype)
+        self._rest_dtype = self.memory.master_dtype
+        # What is added up over micro-batches is as precise as what it will update.
+        self._grad_dtype = self._rest_dtype
+        if row.accumulating is Rest.SHARDED:
+            self._grad_dtype = reduce_dtype or self.memory.dtype
+        self._sum: Tensor | None = None  # what is reduced now, if neither ``grad`` nor ``rest`` has room for it
         self.grad: Tensor | None = None
         self._borrowed: Tensor | None = None
         self._grad_views: list[Tensor] = []
@@ -165,14 +175,14 @@ class Unit:
         if self.grad is not None:
             return
         if self._row.accumulating is Rest.REPLICATED:
-            self.grad = zeros(self.layout.total, self.flat.dtype, self.flat.device)
+            self.grad = zeros(self.layout.total, self._grad_dtype, self.flat.device)
             self.rest = self.grad[slice(*self.part)]
         else:
-            self._borrowed = self._pool.borrow(self.layout.total, self.flat.dtype, self.flat.device)
+            self._borrowed = self._pool.borrow(self.layout.total, self._grad_dtype, self.flat.device)
             self.grad = self._borrowed[: self.layout.total]
             if self.rest is None:
                 start, stop = self.part
-                self.rest = self.flat.new_zeros(stop - start)
+                self.rest = self.flat.new_zeros(stop - start, dtype=self._rest_dtype)
         self._grad_views = [self.view(self.grad, position) for position in range(len(self.parameters))]
 
     def _close_buffers(self) -> None:
@@ -216,7 +226,7 @@ class Unit:
         self._open_buffers()
         assert self.rest is not None
         slot = self.layout.slots[position]
-        whole = value.new_empty(slot.numel)
+        whole = value.new_empty(slot.numel, dtype=self._rest_dtype)
         whole.as_strided(value.shape, self.memory.strides[position]).copy_(value)
         start, stop = self.part
         begin, end = max(slot.start, start), min(slot.stop, stop)
@@ -245,12 +255,12 @@ class Unit:
             content = self.content[position]
             if position in self._kept:  # some of it is here, some elsewhere
                 parameter.grad = self._placeholder(position)
-            elif content is Content.LOCAL or (content is Content.REDUCED and not sharded):
-                parameter.grad = self._grad_views[position]
-            elif content is Content.REDUCED:
-                parameter.grad = self._placeholder(position)
-            else:
+            elif content is Content.NONE:
                 parameter.grad = None
+            elif (content is Content.LOCAL or not sharded) and not self.memory.has_master:
+                parameter.grad = self._grad_views[position]
+            else:  # torch has a gradient be of the parameter's dtype
+                parameter.grad = self._placeholder(position)
 
     def _placeholder(self, position: int) -> ShardedGradient:
         if position not in self._placeholders:
@@ -367,6 +377,8 @@ class Unit:
         else:
             # Straight to the resting place, unless gradients already there must be added to.
             out = self.rest if self._aside is None else self.grad[slice(*self.part)]
+            if out.dtype != self._rest_dtype:
+                out = self._sum = torch.empty_like(self.rest)
             self._reduction = self._mesh.shard.reduce_scatter(self.grad, self.layout, out)
             if self._mesh.replicate is not None:
                 self._reduce_across(boundary)
@@ -433,14 +445,14 @@ class Unit:
         assert self.rest is not None
         assert self._aside is not None
         start, stop = self.part
-        now = self.grad[start:stop]
+        now = self.grad[start:stop] if self._sum is None else self._sum
         for piece in self.layout.pieces(start, stop):
             where = slice(piece.start - start, piece.stop - start)
             if piece.slot in self._kept:
                 torch.add(self._aside[where], now[where], out=self.rest[where])
             else:
                 self.rest[where].copy_(now[where])
-        self._aside = None
+        self._aside = self._sum = None
 
     def settle(self, used: Sequence[bool]) -> None:
         """Note which gradients there are after a reduction.
@@ -461,7 +473,7 @@ class Unit:
         """Reduce the gradients that arrived after the reduction had started, and add them. All ranks take part."""
         assert self.phase is Phase.DONE
         assert self.rest is not None
-        late = torch.zeros_like(self.flat)
+        late = torch.zeros(self.layout.total, dtype=self._grad_dtype, device=self.flat.device)
         for position, gradient in self._late.items():
             self.view(late, position).copy_(gradient)
         self._late.clear()
@@ -483,7 +495,7 @@ class Unit:
         if self.content[position] is not Content.REDUCED or self._inside:
             return None
         assert self.rest is not None
-        full = torch.zeros_like(self.flat)
+        full = torch.zeros(self.layout.total, dtype=self._rest_dtype, device=self.flat.device)
         full[slice(*self.part)] = self.rest
         if self._row.gradients is Rest.SHARDED:
             self._mesh.shard.all_gather(full, self.layout).wait()
