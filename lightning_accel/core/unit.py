@@ -26,6 +26,7 @@ import time
 import weakref
 from collections.abc import Callable, Sequence
 from enum import Enum, auto
+from functools import partial
 
 import torch
 from torch import Tensor, nn
@@ -48,7 +49,7 @@ class Content(Enum):
     NONE = auto()
     """Nothing: ``parameter.grad`` is None."""
     LOCAL = auto()
-    """This rank's contributions, times 1/N, not yet added to the others'."""
+    """This rank's contributions, times 1/N (in mixed precision not yet), not yet added to the others'."""
     REDUCED = auto()
     """The mean over ranks, in the place where the row lets it rest."""
 
@@ -106,7 +107,6 @@ class Unit:
         self._row = row
         self._mesh = mesh
         self._pool = pool
-        self._scale = 1.0 / mesh.world.ranks
         self.content = [Content.NONE] * len(self.parameters)
         self.phase = Phase.FILLING
         self.arrivals = [0] * len(self.parameters)
@@ -121,6 +121,10 @@ class Unit:
 
         self.memory = ParameterMemory(self.parameters, self.names, layout, row, mesh.shard, gauge, on_host, dtype)
         self._rest_dtype = self.memory.master_dtype
+        # To what arrives or, if that is not precise enough, to what was added up in a wider dtype.
+        self._scale, self._scale_of_sum = 1.0 / mesh.world.ranks, 1.0
+        if self.memory.has_master:
+            self._scale, self._scale_of_sum = self._scale_of_sum, self._scale
         # What is added up over micro-batches is as precise as what it will update.
         self._grad_dtype = self._rest_dtype
         if row.accumulating is Rest.SHARDED:
@@ -380,6 +384,8 @@ class Unit:
             if out.dtype != self._rest_dtype:
                 out = self._sum = torch.empty_like(self.rest)
             self._reduction = self._mesh.shard.reduce_scatter(self.grad, self.layout, out)
+            if self._scale_of_sum != 1.0:
+                self._reduction = Pending([self._reduction], partial(out.mul_, self._scale_of_sum))
             if self._mesh.replicate is not None:
                 self._reduce_across(boundary)
 
@@ -484,7 +490,7 @@ class Unit:
             out = late[slice(*self.part)]
             reduction = self._mesh.shard.reduce_scatter(late, self.layout, out)
             (self._mesh.reduce_across(reduction, out) if boundary else reduction).wait()
-            self.rest.add_(out)
+            self.rest.add_(out, alpha=self._scale_of_sum)
 
     def learn(self) -> None:
         """Expect as many gradients of each parameter in the next backward as came in this one."""
