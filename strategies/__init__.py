@@ -5,8 +5,10 @@ from lightning.pytorch.strategies import StrategyRegistry
 
 from lightning_accel.strategies import fabric
 from lightning_accel.strategies.ddp import AccelDDPStrategy
+from lightning_accel.strategies.float16 import keep_float16_on_cpu
 from lightning_accel.strategies.fsdp import AccelFSDPStrategy
 from lightning_accel.strategies.standalone import refuse
+from lightning_accel.strategies.trainer import AccelStrategy
 from lightning_accel.strategies.zero import AccelZeROStrategy
 
 __all__ = ["AccelDDPStrategy", "AccelFSDPStrategy", "AccelZeROStrategy", "register"]
@@ -18,4 +20,5 @@ def register() -> None:
         kind.register_strategies(StrategyRegistry)
     for twin in (fabric.AccelDDPStrategy, fabric.AccelZeROStrategy, fabric.AccelFSDPStrategy):
         twin.register_strategies(STRATEGY_REGISTRY)
+    keep_float16_on_cpu(AccelStrategy, fabric.AccelFabricStrategy)
     refuse(name for name in StrategyRegistry if name.startswith("accel_"))

@@ -15,8 +15,8 @@ class AccelDDPStrategy(AccelStrategy):
 
     Args:
         kwargs: See :class:`~lightning_accel.strategies.trainer.AccelStrategy`: ``units``, ``bucket_cap_mb``,
-            ``compile``, ``activation_checkpointing``, ``activation_checkpointing_options``, ``process_group_backend``,
-            ``timeout``, ``start_method`` and Lightning's own.
+            ``compile``, ``activation_checkpointing``, ``activation_checkpointing_options``, ``grad_scaler``,
+            ``process_group_backend``, ``timeout``, ``start_method`` and Lightning's own.
 
     """
 

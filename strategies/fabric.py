@@ -22,13 +22,13 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 from typing_extensions import override
 
-from lightning_accel.core import Engine, Rest
+from lightning_accel.core import Engine, GradScaler, Rest
 from lightning_accel.core.materialise import InitFn
 from lightning_accel.core.offload import OffloadKind, require_offload
 from lightning_accel.core.partition import Units
 from lightning_accel.core.placement import Row, find_row
 from lightning_accel.core.structure import called_by_compiled_code
-from lightning_accel.plugins.precision import engine_optimizer, require_no_scaler
+from lightning_accel.plugins.precision import engine_optimizer, require_known_scaler, with_engine
 from lightning_accel.strategies.compact import compact, keep
 from lightning_accel.strategies.fsdp import SHARDINGS, row_of_sharding
 from lightning_accel.strategies.options import EngineOptions, Recomputed, reject_unknown, to_device
@@ -97,6 +97,8 @@ class AccelFabricStrategy(DDPStrategy):
             module, or names or classes of modules. Names in ``state_dict`` stay as they are.
         activation_checkpointing_options: Keyword arguments for ``torch.utils.checkpoint.checkpoint``, such as
             ``preserve_rng_state``, ``context_fn`` (for a selective policy) or ``use_reentrant`` (default: False).
+        grad_scaler: Scales losses under ``precision="16-mixed"``, instead of one with torch's defaults; under
+            ``"bf16-mixed"`` it skips steps whose gradients are not finite (``GradScaler("static", init_scale=1.0)``).
         process_group_backend: ``"gloo"``, ``"nccl"``, …; by default what suits the device.
         timeout: Longest wait for a collective.
         start_method: How the ranks of this node are started: ``"popen"``, ``"spawn"`` or ``"fork"``.
@@ -120,6 +122,7 @@ class AccelFabricStrategy(DDPStrategy):
         offload_dir: str | Path | None = None,
         activation_checkpointing: Recomputed = False,
         activation_checkpointing_options: Mapping[str, Any] | None = None,
+        grad_scaler: GradScaler | None = None,
         process_group_backend: str | None = None,
         timeout: timedelta | None = default_pg_timeout,
         start_method: Literal["popen", "spawn", "fork"] = "popen",
@@ -128,6 +131,7 @@ class AccelFabricStrategy(DDPStrategy):
         reject_unknown(type(self), unknown)
         if start_method not in START_METHODS.values():
             raise ValueError(f"Expected start_method to be 'popen', 'spawn' or 'fork', got {start_method!r}.")
+        self._given_scaler = grad_scaler
         super().__init__(
             accelerator=accelerator,
             parallel_devices=parallel_devices,
@@ -170,6 +174,22 @@ class AccelFabricStrategy(DDPStrategy):
         self._engines = [reference for reference, flag in zip(self._engines, alive, strict=True) if flag]
         return [engine for engine, flag in zip(found, alive, strict=True) if flag and engine is not None]
 
+    @property
+    @override
+    def precision(self) -> Precision:
+        """The precision plugin, which scales through the engine."""
+        return super().precision
+
+    @precision.setter
+    def precision(self, precision: Precision | None) -> None:
+        self._precision = precision and with_engine(precision, self._given_scaler)
+
+    @property
+    def grad_scaler(self) -> GradScaler | None:
+        """The gradient scaler in use, if any."""
+        scaler = getattr(self.precision, "scaler", None)
+        return scaler if isinstance(scaler, GradScaler) else None
+
     # ------------------------------------------------------------------ set-up
 
     @override
@@ -190,7 +210,7 @@ class AccelFabricStrategy(DDPStrategy):
     def setup_module(self, module: nn.Module) -> EngineModule:  # type: ignore[override]
         """Start an engine for a module. All ranks take part."""
         if self.row.gradients is Rest.SHARDED:
-            require_no_scaler(self.precision, self.row.name)
+            require_known_scaler(self.precision, self.row.name)
         engine = self._options.start(module, self.row, self.root_device)
         self._engines.append(weakref.ref(engine))
         return EngineModule(module, engine)

@@ -6,8 +6,6 @@ import atexit
 import subprocess
 from collections.abc import Sequence
 
-_GRACE_S = 10.0
-"""Seconds that child processes have to end by themselves after rank 0 failed, before they are ended."""
 _PEER_IS_GONE = ("connection closed by peer", "connection reset by peer", "broken pipe", "socket closed")
 
 
@@ -19,13 +17,13 @@ def explain(exception: BaseException) -> None:
         exception.args = (f"{exception.args[0] if exception.args else ''}\n{note}", *exception.args[1:])
 
 
-def end_children_at_exit(children: Sequence[subprocess.Popen[bytes]]) -> None:
-    """Have child processes that still run some seconds after this one failed be ended."""
+def end_children_at_exit(children: Sequence[subprocess.Popen[bytes]], grace_s: float) -> None:
+    """Have child processes that do not end by themselves within ``grace_s`` after this one failed be ended."""
 
     def end() -> None:
         for child in children:
             try:
-                child.wait(_GRACE_S)
+                child.wait(grace_s)
             except subprocess.TimeoutExpired:
                 child.kill()
 

@@ -31,8 +31,8 @@ class AccelFSDPStrategy(AccelStrategy):
             gradients are reduce-scattered. (FSDP's ``no_sync``, which Trainer and Fabric enter by themselves:
             ``accumulate_grad_batches``, ``fabric.no_backward_sync``.)
         kwargs: See :class:`~lightning_accel.strategies.trainer.AccelStrategy`: ``units``, ``bucket_cap_mb``,
-            ``compile``, ``activation_checkpointing``, ``activation_checkpointing_options``, ``process_group_backend``,
-            ``timeout``, ``start_method`` and Lightning's own.
+            ``compile``, ``activation_checkpointing``, ``activation_checkpointing_options``, ``grad_scaler``,
+            ``process_group_backend``, ``timeout``, ``start_method`` and Lightning's own.
 
     """
 

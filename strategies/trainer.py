@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from datetime import timedelta
 from pathlib import Path
 from typing import Any, Literal
@@ -26,20 +26,22 @@ from torch import Tensor
 from torch.optim import Optimizer
 from typing_extensions import override
 
-from lightning_accel.core import Engine, Rest
+from lightning_accel.core import Engine, GradScaler, Rest
 from lightning_accel.core.agreement import synchronise
 from lightning_accel.core.materialise import InitFn, has_meta
 from lightning_accel.core.offload import OffloadKind, require_offload
 from lightning_accel.core.partition import Units
 from lightning_accel.core.placement import Row
-from lightning_accel.plugins.precision import require_no_scaler, with_engine_clipping
+from lightning_accel.plugins.precision import require_known_scaler, with_engine
 from lightning_accel.strategies.averaging import require_averaging_in_parts
 from lightning_accel.strategies.compact import compact, keep
 from lightning_accel.strategies.failure import end_children_at_exit, explain
 from lightning_accel.strategies.options import EngineOptions, Recomputed, reject_unknown, to_device
+from lightning_accel.strategies.schedule import hold_schedules
 
 _GRACE_S = 10.0
-"""Seconds that a rank which saves after an exception waits for the others to do the same."""
+"""Seconds that a rank which saves after an exception waits for the others to do the same; as many do children have to
+end by themselves after rank 0 failed."""
 
 START_METHODS: dict[str, Literal["popen", "spawn", "fork"]] = {
     "": "popen",
@@ -78,6 +80,8 @@ class AccelStrategy(DDPStrategy):
             module, or names or classes of modules. Names in ``state_dict`` stay as they are.
         activation_checkpointing_options: Keyword arguments for ``torch.utils.checkpoint.checkpoint``, such as
             ``preserve_rng_state``, ``context_fn`` (for a selective policy) or ``use_reentrant`` (default: False).
+        grad_scaler: Scales losses under ``precision="16-mixed"``, instead of one with torch's defaults; under
+            ``"bf16-mixed"`` it skips steps whose gradients are not finite (``GradScaler("static", init_scale=1.0)``).
         process_group_backend: ``"gloo"``, ``"nccl"``, …; by default what suits the device.
         timeout: Longest wait for a collective.
         start_method: How the ranks of this node are started: ``"popen"``, ``"spawn"`` or ``"fork"``.
@@ -107,6 +111,7 @@ class AccelStrategy(DDPStrategy):
         offload_dir: str | Path | None = None,
         activation_checkpointing: Recomputed = False,
         activation_checkpointing_options: Mapping[str, Any] | None = None,
+        grad_scaler: GradScaler | None = None,
         process_group_backend: str | None = None,
         timeout: timedelta | None = default_pg_timeout,
         start_method: Literal["popen", "spawn", "fork"] = "popen",
@@ -115,6 +120,9 @@ class AccelStrategy(DDPStrategy):
         reject_unknown(type(self), unknown)
         if start_method not in START_METHODS.values():
             raise ValueError(f"Expected start_method to be 'popen', 'spawn' or 'fork', got {start_method!r}.")
+        self._given_scaler = grad_scaler
+        self._step_was_skipped = False
+        self._at_teardown = ExitStack()
         super().__init__(
             accelerator=accelerator,
             parallel_devices=parallel_devices,
@@ -152,12 +160,18 @@ class AccelStrategy(DDPStrategy):
     @property
     @override
     def precision_plugin(self) -> Precision:
-        """The precision plugin, which clips through the engine."""
+        """The precision plugin, which clips and scales through the engine."""
         return super().precision_plugin
 
     @precision_plugin.setter
     def precision_plugin(self, precision_plugin: Precision | None) -> None:
-        self._precision_plugin = None if precision_plugin is None else with_engine_clipping(precision_plugin)
+        self._precision_plugin = precision_plugin and with_engine(precision_plugin, self._given_scaler)
+
+    @property
+    def grad_scaler(self) -> GradScaler | None:
+        """The gradient scaler in use, if any."""
+        scaler = getattr(self.precision_plugin, "scaler", None)
+        return scaler if isinstance(scaler, GradScaler) else None
 
     @property
     @override
@@ -208,10 +222,13 @@ class AccelStrategy(DDPStrategy):
             self.model = self.precision_plugin.convert_module(self.model)
             self.model_to_device()
         if fitting:
+            _require_clipping(trainer.gradient_clip_val)
             if self.row.gradients is Rest.SHARDED:
-                require_no_scaler(self.precision_plugin, self.row.name)
+                require_known_scaler(self.precision_plugin, self.row.name)
             if self.engine is None:
                 self.engine = self._options.start(self.model, self.row, self.root_device)
+            self._step_was_skipped = False
+            self._at_teardown.callback(hold_schedules(trainer, lambda: self._step_was_skipped))
             self.setup_optimizers(trainer)
             for optimizer in map(_unwrap, self.optimizers):
                 if not isinstance(optimizer, _MockOptimizer):
@@ -288,6 +305,14 @@ class AccelStrategy(DDPStrategy):
         self.post_backward(closure_loss)
         return closure_loss
 
+    @override
+    def optimizer_step(self, optimizer: Optimizer, closure: Callable[[], Any], *args: Any, **kwargs: Any) -> Any:
+        scaler = self.grad_scaler
+        before = 0 if scaler is None else scaler.skipped_steps
+        result = super().optimizer_step(optimizer, closure, *args, **kwargs)
+        self._step_was_skipped = scaler is not None and scaler.skipped_steps > before
+        return result
+
     @contextmanager
     @override
     def block_backward_sync(self) -> Iterator[None]:
@@ -312,15 +337,34 @@ class AccelStrategy(DDPStrategy):
 
     def _require_peers(self) -> None:
         """Raise instead of waiting for ranks that do not save: one has failed and its callbacks want a checkpoint."""
-        module = self.lightning_module
-        trainer = None if module is None else module._trainer
-        if trainer is None or trainer.state.status != TrainerStatus.INTERRUPTED or self.engine is None:
+        if not self._is_interrupted or self.engine is None or self.engine.is_closed:
             return
         if not self.engine.collectives.meet_within(_GRACE_S):
+            # What a callback raises within ``on_exception`` keeps Lightning from all that it would do next.
+            self._end_soon(grace_s=2.0)  # the others have had theirs
+            self.engine.close(abandon=True)
             raise RuntimeError(
-                f"Expected all ranks to save a checkpoint, but after {_GRACE_S:.0f} s some do not, while this one does"
-                " because of an exception: the state that rests sharded cannot be collected."
+                "Expected all ranks to save a checkpoint, as this one does because of an exception (its traceback is"
+                f" above), but some have failed or did not come within {_GRACE_S:.0f} s. What rests sharded cannot be"
+                " collected without them."
             )
+
+    @property
+    def _is_interrupted(self) -> bool:
+        module = self.lightning_module
+        trainer = None if module is None else module._trainer
+        return trainer is not None and trainer.state.status == TrainerStatus.INTERRUPTED
+
+    def _end_soon(self, grace_s: float = _GRACE_S) -> None:
+        self._failed = True
+        if isinstance(self._launcher, _SubprocessScriptLauncher):
+            end_children_at_exit(self._launcher.procs, grace_s)
+
+    @override
+    def barrier(self, name: str | None = None, *args: Any, **kwargs: Any) -> None:
+        if name == "Trainer.save_checkpoint":
+            self._require_peers()
+        super().barrier(name, *args, **kwargs)
 
     def _whole(self, *, writeback: bool = False) -> AbstractContextManager[None]:
         open_engine = self.engine is not None and not self.engine.is_closed
@@ -371,12 +415,12 @@ class AccelStrategy(DDPStrategy):
     @override
     def on_exception(self, exception: BaseException) -> None:
         explain(exception)
-        self._failed = not isinstance(exception, KeyboardInterrupt)
-        if self._failed and isinstance(self._launcher, _SubprocessScriptLauncher):
-            end_children_at_exit(self._launcher.procs)
+        if not isinstance(exception, KeyboardInterrupt):
+            self._end_soon()
 
     @override
     def teardown(self) -> None:
+        self._at_teardown.close()
         in_parts = self._leaves_in_parts
         if self.engine is not None:
             if in_parts:
@@ -412,6 +456,11 @@ class AccelStrategy(DDPStrategy):
     def registered(cls) -> dict[str, dict[str, Any]]:
         """Rows that the class stands for, with the arguments that choose them."""
         return {}
+
+
+def _require_clipping(limit: float | None) -> None:
+    if limit is not None and not limit >= 0:  # NaN is not, either
+        raise ValueError(f"Expected gradient_clip_val to be positive, or None or 0 for no clipping, got {limit}.")
 
 
 def _unwrap(optimizer: Optimizer) -> Optimizer:

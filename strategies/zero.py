@@ -23,8 +23,8 @@ class AccelZeROStrategy(AccelStrategy):
             are reduce-scattered in every backward, so that no rank keeps more than its part. 3: parameters rest
             sharded, too: the same as :class:`~lightning_accel.strategies.fsdp.AccelFSDPStrategy`.
         kwargs: See :class:`~lightning_accel.strategies.trainer.AccelStrategy`: ``units``, ``bucket_cap_mb``,
-            ``compile``, ``activation_checkpointing``, ``activation_checkpointing_options``, ``process_group_backend``,
-            ``timeout``, ``start_method`` and Lightning's own.
+            ``compile``, ``activation_checkpointing``, ``activation_checkpointing_options``, ``grad_scaler``,
+            ``process_group_backend``, ``timeout``, ``start_method`` and Lightning's own.
 
     """
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import warnings
 from collections.abc import Sequence
 
 import torch
@@ -38,6 +39,10 @@ def grad_norm(
         norm.to(torch.promote_types(norm.dtype, torch.float32))
         for norm in (torch._foreach_norm(list(gradients), norm_type) if gradients else ())
     ]
+    if norms and not bool(torch.isfinite(torch.stack([n.double() for n in norms])).all()):
+        # Finite gradients can have powers that overflow, so it is not said yet that these are not finite.
+        wide = [torch.promote_types(gradient.dtype, torch.float64) for gradient in gradients]
+        norms = [torch.linalg.vector_norm(g, norm_type, dtype=d) for g, d in zip(gradients, wide, strict=True)]
     if sharded:
         # A rank without gradients must not make the others' dtype ambiguous: the sum travels in double.
         local = torch.stack([n.double() for n in norms]) if norms else torch.zeros(1, dtype=torch.double, device=device)
@@ -65,28 +70,52 @@ def clip_grad_norm(
     sharded: bool,
     collectives: Collectives,
     dtype: torch.dtype = torch.float32,
+    *,
+    skipped: bool = False,
 ) -> Tensor:
     """Scale gradients in place so that their norm is at most ``max_norm``, as ``torch.nn.utils.clip_grad_norm_``.
 
+    Where torch scales by a norm that is not finite, and so makes NaN of gradients and weights, gradients become zero.
+
+    Args:
+        gradients: This rank's.
+        max_norm: The largest norm to leave.
+        norm_type: p of the p-norm; may be infinite.
+        error_if_nonfinite: Raise if the norm is not finite.
+        sharded: Whether other ranks have other gradients, instead of the same.
+        collectives: The ranks. All of them must call this if ``sharded``.
+        dtype: Of the result.
+        skipped: Whether it is known that the gradients are not finite and that their step will be skipped: then they
+            are left as they are.
+
     Returns:
-        The norm before clipping, of all gradients on all ranks.
+        The norm before clipping, of all gradients on all ranks; 0-dim.
 
     Raises:
-        ValueError: If ``max_norm`` is negative or ``norm_type`` not positive.
+        ValueError: If ``max_norm`` or ``norm_type`` is not positive.
         RuntimeError: If ``error_if_nonfinite`` and the norm is not finite; on every rank, and nothing is changed.
 
     """
-    if max_norm < 0 or norm_type <= 0:
-        raise ValueError(f"Expected max_norm >= 0 and norm_type > 0, got {max_norm} and {norm_type}.")
+    if not (max_norm > 0 and norm_type > 0):  # NaN is neither
+        raise ValueError(f"Expected max_norm > 0 and norm_type > 0, got {max_norm} and {norm_type}.")
     norm = grad_norm(gradients, norm_type, sharded, collectives, dtype)
-    if error_if_nonfinite and not bool(torch.isfinite(norm)):
-        raise RuntimeError(
-            f"The total norm of order {norm_type} of the gradients is {norm.item()}, so it cannot be clipped. To"
-            " disable this error and scale the gradients by the non-finite norm anyway, set error_if_nonfinite=False."
-        )
+    if not bool(torch.isfinite(norm)):
+        if error_if_nonfinite:
+            raise RuntimeError(
+                f"The total norm of order {norm_type} of the gradients is {norm.item()}, so it cannot be clipped. To"
+                " disable this error and have the gradients set to zero instead, set error_if_nonfinite=False."
+            )
+        if not skipped:
+            warnings.warn(
+                f"The total norm of order {norm_type} of the gradients is {norm.item()}: they were set to zero, because"
+                " clipping by it would make NaN of the weights. Look for NaN or Inf in data and losses.",
+                stacklevel=2,
+            )
+            if gradients:
+                torch._foreach_zero_(list(gradients))
+        return norm
     factor = torch.clamp(max_norm / (norm + 1e-6), max=1.0)
-    # On the CPU the factor is at hand: a pass over all gradients that multiplies by one is saved.
-    if gradients and (norm.device.type != "cpu" or not bool(factor == 1.0)):
+    if gradients and not bool(factor == 1.0):  # a pass over all gradients that multiplies by one is saved
         torch._foreach_mul_(list(gradients), factor.to(gradients[0].device))
     return norm
 
@@ -96,11 +125,11 @@ def clip_grad_value(gradients: Sequence[Tensor], clip_value: float) -> None:
     """Clamp gradients in place to ``[-clip_value, clip_value]``, as ``torch.nn.utils.clip_grad_value_``.
 
     Raises:
-        ValueError: If ``clip_value`` is negative.
+        ValueError: If ``clip_value`` is not positive.
 
     """
-    if clip_value < 0:
-        raise ValueError(f"Expected clip_value >= 0, got {clip_value}.")
+    if not clip_value > 0:  # NaN is not, either
+        raise ValueError(f"Expected clip_value > 0, got {clip_value}.")
     if gradients:
         torch._foreach_clamp_min_(list(gradients), -clip_value)
         torch._foreach_clamp_max_(list(gradients), clip_value)

@@ -17,7 +17,9 @@ rank which runs ahead never mixes two operations up.
 
 from __future__ import annotations
 
+import contextlib
 import itertools
+import time
 from abc import ABC, abstractmethod
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
@@ -35,6 +37,8 @@ from lightning_accel.core.layout import Layout
 _TAGS = 1 << 20
 """Tags wrap around here; far fewer operations are ever under way at once."""
 _OWNERS = 1 << 10
+_PAUSE_S = 0.05
+"""Between two looks at whether the other ranks have come."""
 _numbers = itertools.count()
 """Numbers of the objects below: the messages of two engines on one process group must not be taken for each other's."""
 
@@ -231,12 +235,25 @@ class Collectives(ABC):
         return value
 
     def meet_within(self, seconds: float) -> bool:
-        """Whether all other ranks come here, too, within some time. After a False the ranks may be out of step."""
-        try:
-            dist.monitored_barrier(self._control, timedelta(seconds=seconds))
-        except RuntimeError:
-            return False
-        return True
+        """Whether all other ranks come here, too, within some time. If not, it is False for those that come later.
+
+        Nothing is left under way: a collective that somebody misses has gloo wait for the group's own, long time.
+        (So does ``dist.monitored_barrier`` on all ranks but the first.)
+        """
+        if self.ranks == 1:
+            return True
+        store = dist.distributed_c10d._get_process_group_store(self.group or dist.group.WORLD)  # type: ignore[arg-type]
+        deadline = time.monotonic() + seconds
+        with contextlib.suppress(RuntimeError):  # the store is on a rank, which may be gone
+            arrived = store.add("accel/arrived", 1)
+            expected = arrived + -arrived % self.ranks  # at the end of this meeting, as all meetings before were full
+            while not store.add("accel/missed", 0):
+                if store.add("accel/arrived", 0) >= expected:
+                    return True
+                if time.monotonic() > deadline:
+                    store.add("accel/missed", 1)
+                time.sleep(_PAUSE_S)
+        return False
 
     def gather_objects(self, value: Any) -> list[Any]:
         """A small picklable object of every rank, by rank. For set-up and checkpoints, not for steps."""

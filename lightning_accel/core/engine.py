@@ -156,6 +156,8 @@ class Engine:
         self._broken = False
         self._synchronise = True
         self._in_backward = False
+        self.backwards = 0
+        """How many backwards there were."""
         self._watchers: list[weakref.WeakMethod[Callable[[], None]]] = []  # told of new layouts
         if dtypes.param is not None and not self._residency.is_active:
             # What the first forward computes with must be rounded already, even if nobody has announced it.
@@ -298,6 +300,13 @@ class Engine:
         self.mesh.close()
         self._closed = True
 
+    def __reduce__(self) -> Any:
+        raise TypeError(
+            "Expected what is pickled or copied to hold no engine, as what fabric.setup returned and Trainers do. Save"
+            " the module that you made, or better its state_dict(): on every rank, within `with"
+            " engine.full_parameters():`. Or use trainer.save_checkpoint(...) or fabric.save(...)."
+        )
+
     @property
     def is_fetched_from(self) -> bool:
         """Whether other ranks read this one's part of the parameters when they need it."""
@@ -376,6 +385,9 @@ class Engine:
     ) -> AbstractContextManager[None]:
         """Within it, parameters have all of their values, whatever the row. All ranks enter and leave it together.
 
+        An optimizer step within it is as on one device: it starts from values that were changed for ``writeback``, and
+        the parameters have its result.
+
         Args:
             module: A part of the model, of which (and of whose units) the parameters are needed; all by default.
             writeback: Keep changes that are made to the values. They must be the same on every rank.
@@ -413,6 +425,7 @@ class Engine:
         for unit in self.units:
             unit.hide()
         self._in_backward = True
+        self.backwards += 1
         self._reduction.begin(boundary=self._synchronise)
         try:
             with self._residency.backward():
@@ -475,6 +488,8 @@ class Engine:
     def before_update(self) -> None:
         """Called by optimizers before they change this rank's parts."""
         self._residency.before_update()
+        for unit in self.units:
+            unit.memory.before_update()
 
     def after_step(self, optimizer: EngineOptimizer) -> None:
         """Called by optimizers after the update: start to gather what other ranks have updated."""
@@ -489,11 +504,11 @@ class Engine:
     def _announce(self, units: Sequence[Unit]) -> None:
         """Let the other ranks have what this one has changed in its parts of some units."""
         for unit in units:
-            unit.memory.refresh()
+            unit.memory.after_update()
         if self.row.parameters is Rest.SHARDED:
             self._residency.after_update()
         elif self.row.optimizer_state is Rest.SHARDED:
-            self._arrivals.start(units)
+            self._arrivals.start(unit for unit in units if not unit.memory.shows_master)
             if self.is_compiled or is_compiled(self.module):
                 self.wait()  # compiled code sees no classes, and would be compiled again if they differed
 
@@ -531,10 +546,16 @@ class Engine:
             optimizer: The user's optimizer.
             max_norm: The largest norm to leave.
             norm_type: p of the p-norm; may be ``inf``.
-            error_if_nonfinite: Raise, on every rank, if the norm is infinite or NaN.
+            error_if_nonfinite: Raise, on every rank, if the norm is infinite or NaN. Otherwise such gradients are set
+                to zero with a warning, or left to the gradient scaler that will skip their step.
 
         Returns:
-            The norm before clipping: what a single device would have found on the global batch.
+            The norm before clipping: what a single device would have found on the global batch. If gradients are
+            scaled, unscale them first.
+
+        Raises:
+            ValueError: If ``max_norm`` or ``norm_type`` is not positive, or the optimizer was not added.
+            RuntimeError: If ``error_if_nonfinite`` and the norm is not finite.
 
         """
         added = self.find_optimizer(optimizer)
@@ -546,6 +567,7 @@ class Engine:
             added.sharded,
             self.mesh.shard,
             added.norm_dtype,
+            skipped=added.overflowed,
         )
 
     def grad_norm(self, optimizer: Optimizer, norm_type: float = 2.0) -> Tensor:
@@ -560,7 +582,12 @@ class Engine:
         return grad_norm(added.gradients(), float(norm_type), added.sharded, self.mesh.shard, added.norm_dtype)
 
     def clip_grad_value_(self, optimizer: Optimizer, clip_value: float) -> None:
-        """Clamp the gradients of an optimizer's parameters, as ``torch.nn.utils.clip_grad_value_``."""
+        """Clamp the gradients of an optimizer's parameters, as ``torch.nn.utils.clip_grad_value_``.
+
+        Raises:
+            ValueError: If ``clip_value`` is not positive, or the optimizer was not added.
+
+        """
         clip_grad_value(self.find_optimizer(optimizer).gradients(), float(clip_value))
 
     def full_gradient(self, parameter: nn.Parameter) -> Tensor | None:

@@ -47,6 +47,8 @@ _ELEMENTWISE: set[type[Optimizer]] = {
     torch.optim.RMSprop,
     torch.optim.Rprop,
 }
+_DEEPSPEED_CPU_ADAM = ("deepspeed.ops.adam.cpu_adam", "DeepSpeedCPUAdam")
+"""Elementwise, too. Known by its name: importing deepspeed takes seconds, and most users do not have it."""
 _BY_TENSOR = {name for name in ("Adafactor", "Muon") if hasattr(torch.optim, name)}
 """Known to update each parameter from that parameter alone; others of torch.optim are not."""
 
@@ -78,7 +80,9 @@ class EngineOptimizer:
         self.engine = engine
         self.optimizer = optimizer
         self.sharded = engine.row.optimizer_state is Rest.SHARDED
-        self.whole = type(optimizer) not in _ELEMENTWISE
+        kind = type(optimizer)
+        self.is_deepspeeds = (kind.__module__, kind.__qualname__) == _DEEPSPEED_CPU_ADAM
+        self.whole = kind not in _ELEMENTWISE and not self.is_deepspeeds
         self.segments: list[Segment] = []
         self._offload = engine.offload
         self._units: list[Unit] = []
@@ -89,6 +93,9 @@ class EngineOptimizer:
         self._original_state_dict = optimizer.state_dict
         self._original_load = optimizer.load_state_dict
         self._original_add_group = optimizer.add_param_group
+        self._original_unscaling = getattr(optimizer, "_step_supports_amp_scaling", None)
+        self.overflowed = False
+        """Whether a gradient scaler has found that the gradients are not finite: it will skip their step."""
         self._install()
         self._released = False
         self.waiting_state: dict[nn.Parameter, dict[str, Any]] = {}
@@ -130,6 +137,11 @@ class EngineOptimizer:
         kind = type(self.optimizer)
         if isinstance(self.optimizer, torch.optim.SparseAdam):
             raise ValueError("Expected an optimizer for dense gradients, got SparseAdam. Use Adam.")
+        if self.is_deepspeeds and not self._offload.optimizer and self.engine.collectives.device.type != "cpu":
+            raise ValueError(
+                "Expected offload='optimizer' for DeepSpeedCPUAdam, which updates on the CPU only, got parameters on"
+                f" {self.engine.collectives.device}. Pass it to the strategy, or use torch.optim.AdamW."
+            )
         if self._offload.optimizer and self.direct:
             raise ValueError(
                 f"Expected an elementwise optimizer for offload with row {self.engine.row.name!r}, got"
@@ -227,6 +239,9 @@ class EngineOptimizer:
         optimizer._engine_optimizer = self  # type: ignore[attr-defined]
         optimizer.step = types.MethodType(step, optimizer)  # type: ignore[method-assign]
         optimizer.add_param_group = types.MethodType(add_param_group, optimizer)  # type: ignore[method-assign]
+        if self._original_unscaling is not None:
+            # Fused optimizers may unscale while they step. Here scalers do it before, so that clipping is possible.
+            optimizer._step_supports_amp_scaling = False  # type: ignore[attr-defined]
         if not self.direct:
             optimizer.state_dict = self.state_dict  # type: ignore[method-assign]
             optimizer.load_state_dict = self.load_state_dict  # type: ignore[method-assign]
@@ -248,7 +263,7 @@ class EngineOptimizer:
             full = optimizer_state.gather(self)
             parameters = list(self.parameters())
             if self.sharded:
-                mine = full and [full.get(parameter) for parameter in parameters]
+                mine = None if full is None else [full.get(parameter) for parameter in parameters]
                 everyone = self.engine.mesh.shard.gather_objects(mine)
                 full = {p: values for p, values in zip(parameters, everyone[0], strict=True) if values is not None}
             assert full is not None
@@ -260,6 +275,8 @@ class EngineOptimizer:
         optimizer.add_param_group = self._original_add_group  # type: ignore[method-assign]
         optimizer.state_dict = self._original_state_dict  # type: ignore[method-assign]
         optimizer.load_state_dict = self._original_load  # type: ignore[method-assign]
+        if self._original_unscaling is not None:
+            optimizer._step_supports_amp_scaling = self._original_unscaling  # type: ignore[attr-defined]
         del optimizer._engine_optimizer  # type: ignore[attr-defined]
 
     def add_param_group(self, group: dict[str, Any]) -> None:
@@ -501,6 +518,9 @@ class EngineOptimizer:
         state = {parameters[index]: values for index, values in saved.items() if isinstance(index, int)}
         self.optimizer.state.clear()
         self._original_load({**state_dict, "state": {k: v for k, v in saved.items() if not isinstance(k, int)}})
+        if self.is_deepspeeds:  # torch's Adam saves no bias_correction, without which a step would fail
+            for group in self.optimizer.param_groups:
+                group.setdefault("bias_correction", self.optimizer.defaults["bias_correction"])
         self._members = self._current_members()
         placed = {parameter for unit in self._units for parameter in unit.parameters}
         self.waiting_state = {p: dict(values) for p, values in state.items() if p not in placed}

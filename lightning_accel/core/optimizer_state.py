@@ -128,9 +128,8 @@ def scatter(
     for segment in cut:
         values = [state.get(segment.unit.parameters[piece.slot]) for piece in segment.pieces]
         if values[0]:
-            group = optimizer.optimizer.param_groups[segment.group]
             optimizer.optimizer.state[segment.tensor] = {
-                key: _cut(segment, key, [v[key] for v in values if v is not None], group) for key in values[0]
+                key: _cut(optimizer, segment, key, [v[key] for v in values if v is not None]) for key in values[0]
             }
             optimizer.keep_state([segment])
     return cut
@@ -150,15 +149,16 @@ def _is_count(key: str, value: Any, parameter: nn.Parameter) -> bool:
     return not isinstance(value, Tensor) or (value.dim() == 0 and (parameter.dim() > 0 or key in _COUNTS))
 
 
-def _cut(segment: Segment, key: str, values: list[Any], group: Mapping[str, Any]) -> Any:
+def _cut(optimizer: EngineOptimizer, segment: Segment, key: str, values: list[Any]) -> Any:
     """One value of the state for a segment, from those of the parameters it covers."""
     first, target = values[0], segment.tensor
+    if key == "step":
+        return _step(optimizer, segment, first)
     if not isinstance(first, Tensor):
         return first
-    if key == "step":  # as torch's own load_state_dict: on the device only if the implementation keeps it there
-        on_device = group.get("capturable") or group.get("fused")
-        return first.to(dtype=torch.float32, device=target.device).clone() if on_device else first.clone()
-    dtype = target.dtype if first.is_floating_point() and target.is_floating_point() else first.dtype
+    dtype = first.dtype
+    if first.is_floating_point() and target.is_floating_point():
+        dtype = torch.float32 if _has_fp32_moments(optimizer) else target.dtype
     if segment.whole:
         return first.to(device=target.device, dtype=dtype).clone()
     parameters = [segment.unit.parameters[piece.slot] for piece in segment.pieces]
@@ -172,6 +172,25 @@ def _cut(segment: Segment, key: str, values: list[Any], group: Mapping[str, Any]
         memory = ordered.as_strided((slot.numel,), (1,))
         parts.append(memory[piece.start - slot.start : piece.stop - slot.start].to(target.device))
     return torch.cat(parts)
+
+
+def _step(optimizer: EngineOptimizer, segment: Segment, value: Any) -> Any:
+    """A step count as the optimizer keeps it: DeepSpeed's as an int, torch's as a tensor."""
+    if optimizer.is_deepspeeds:
+        return int(value)
+    if not isinstance(value, Tensor):
+        if not type(optimizer.optimizer).__module__.startswith("torch.optim."):
+            return value
+        value = torch.tensor(float(value), dtype=torch.float32)
+    # As torch's own load_state_dict: on the device only if the implementation keeps it there.
+    group = optimizer.optimizer.param_groups[segment.group]
+    on_device = group.get("capturable") or group.get("fused")
+    return value.to(dtype=torch.float32, device=segment.tensor.device).clone() if on_device else value.clone()
+
+
+def _has_fp32_moments(optimizer: EngineOptimizer) -> bool:
+    """Whether moments are fp32 whatever the parameters are: in bf16, a decay of 0.999 would be none."""
+    return optimizer.is_deepspeeds and getattr(optimizer.optimizer, "fp32_optimizer_states", True)
 
 
 def require_fit(optimizer: EngineOptimizer, state_dict: Mapping[str, Any]) -> None:

@@ -12,9 +12,9 @@ Every parameter's data is a view of ``buffer`` at all times. Freeing and filling
 [Note: master values]
 Where the model computes in another dtype than the one it came with, ``buffer`` is of that dtype, and so is what is
 gathered. ``mine`` is memory of its own in every row then and keeps the dtype that the model came with: these are the
-master values. The optimizer updates them, and ``refresh`` rounds them to this rank's part of what is computed with.
-Whoever asks for whole parameters between steps (checkpoints do) is shown master values. (Micikevicius et al., "Mixed
-Precision Training", 2018.)
+master values. The optimizer updates them, and ``after_update`` rounds them to this rank's part of what is computed
+with. Whoever asks for whole parameters between steps (checkpoints do) is shown master values. (Micikevicius et al.,
+"Mixed Precision Training", 2018.)
 """
 
 from __future__ import annotations
@@ -113,6 +113,8 @@ class ParameterMemory:
         """The same, as the other ranks know it; set once it is published."""
         self._rounded: tuple[Tensor, list[Tensor]] | None = None  # while master values are shown: what is not
         self._shown = 0  # by how many they are
+        self._written = 0  # by how many of those who want their changes to be kept
+        self._stepped = False  # whether they were updated meanwhile
         self.is_open = False
         """Whether there is a buffer. (Parameters without values get theirs later: see core/materialise.py.)"""
         if not any(parameter.is_meta for parameter in self.parameters):
@@ -164,7 +166,7 @@ class ParameterMemory:
         self._look_at(rounded, [self.view(rounded, position) for position in range(len(self.parameters))])
         if self.is_sharded:
             self.shared = self._new_part(self.dtype)
-            self.refresh()
+            self.shared.copy_(self.mine)
         else:
             self.shared = self.buffer[slice(*self.part)]
 
@@ -212,51 +214,73 @@ class ParameterMemory:
 
     # ------------------------------------------------------------ master values
 
-    def refresh(self) -> None:
-        """Call when ``mine`` has changed: round it to this rank's part of what the model computes with."""
-        if self.has_master:
-            self.shared.copy_(self.mine)
+    def before_update(self) -> None:
+        """Call before ``mine`` is updated: the update starts from master values that were changed to be kept."""
+        if self._written:
+            self.mine.copy_(self.buffer[slice(*self.part)])
+
+    def after_update(self) -> None:
+        """Call when ``mine`` has changed: round it to this rank's part of what the model computes with.
+
+        Where master values are shown, all ranks call it together.
+        """
+        if not self.has_master:
+            return
+        self.shared.copy_(self.mine)
+        if self.shows_master:
+            self._gather_master()
+            self._stepped = True
+
+    @property
+    def shows_master(self) -> bool:
+        """Whether the parameters show their master values just now."""
+        return self._rounded is not None
 
     @torch.no_grad()
-    def show_master(self) -> None:
-        """Have all parameters show their master values. All ranks take part."""
+    def show_master(self, *, writeback: bool) -> None:
+        """Have all parameters show their master values. All ranks take part.
+
+        Args:
+            writeback: Keep changes that are made to them, the same ones on every rank.
+
+        """
         self._shown += 1
+        self._written += writeback
         if self._shown > 1:
             return
         self.wait()
-        whole = torch.zeros(self.layout.total, dtype=self.master_dtype, device=self._collectives.device)
-        whole[slice(*self.part)].copy_(self.mine)
-        self._collectives.all_gather(whole, self.layout).wait()
         if self.presence is Presence.AWAY:
             for parameter in self.parameters:
                 arrive(parameter)
         self._rounded = self.buffer, self.views
+        whole = torch.zeros(self.layout.total, dtype=self.master_dtype, device=self._collectives.device)
         self._look_at(whole, [self.view(whole, position) for position in range(len(self.parameters))])
+        self._gather_master()
+
+    def _gather_master(self) -> None:
+        self.buffer[slice(*self.part)].copy_(self.mine)
+        self._collectives.all_gather(self.buffer, self.layout).wait()
 
     @torch.no_grad()
-    def hide_master(self, *, keep: bool) -> None:
-        """Show what the model computes with again.
-
-        Args:
-            keep: Keep changes that were made to the master values, the same ones on every rank.
-
-        """
-        whole = self.buffer
-        if keep:
-            self.mine.copy_(whole[slice(*self.part)])
+    def hide_master(self, *, writeback: bool) -> None:
+        """End what ``show_master`` began, with the same argument."""
+        if writeback:
+            self.mine.copy_(self.buffer[slice(*self.part)])
         self._shown -= 1
+        self._written -= writeback
         if self._shown:
             return
         assert self._rounded is not None
+        whole = self.buffer
         self._look_at(*self._rounded)
         self._rounded = None
-        if keep:
-            if self.presence is Presence.HERE:
-                self.buffer.copy_(whole)
-            self.refresh()
+        self.shared.copy_(self.mine)
         if self.presence is Presence.AWAY:
             for parameter, name in zip(self.parameters, self.names, strict=True):
                 depart(parameter, name)
+        elif writeback or self._stepped:
+            self.buffer.copy_(whole)
+        self._stepped = False
 
     # ------------------------------------------------------- sharded parameters
 
@@ -315,7 +339,7 @@ class ParameterMemory:
                 )
             return
         if self.has_master and not abandon:
-            self.show_master()
+            self.show_master(writeback=False)
         else:
             self.fetch()
             self.wait()

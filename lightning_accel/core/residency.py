@@ -25,7 +25,7 @@ from __future__ import annotations
 import weakref
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from functools import partial
 from typing import Any
 
@@ -38,6 +38,24 @@ from lightning_accel.core.lockstep import Lockstep
 from lightning_accel.core.parameter_memory import Presence
 from lightning_accel.core.placement import Rest, Row
 from lightning_accel.core.unit import Unit
+
+
+class _Hook:
+    """A hook on a module.
+
+    Copies and pickles of the module take its hooks along. Of this one they get a function of Python's own that does
+    nothing: they hold no engine, and a file loads where this package is not installed.
+    """
+
+    def __init__(self, function: Callable[..., None]) -> None:
+        self._function = function
+
+    @torch.compiler.disable  # type: ignore[untyped-decorator]
+    def __call__(self, *args: Any) -> None:
+        self._function(*args)
+
+    def __reduce__(self) -> Any:
+        return getattr, (nullcontext(), "__exit__")
 
 
 class _Call:
@@ -90,14 +108,15 @@ class Residency:
         self._open: Counter[nn.Module] = Counter()  # calls whose backward has begun and not ended
         self._postponed: nn.Module | None = None  # a block in backward, whose successor is yet to be prefetched
         self._held: Counter[Unit] = Counter()  # by those who are in ``everything``; their forwards free nothing
+        self._written: Counter[Unit] = Counter()  # those of them whose changes are to be kept
         self._hooks: list[Any] = []
         if self.is_active:
             for block in blocks.values():
-                self._hooks.append(block.register_forward_pre_hook(self._enter, prepend=True, with_kwargs=True))
-                self._hooks.append(block.register_forward_hook(self._leave))
+                self._hooks.append(block.register_forward_pre_hook(_Hook(self._enter), prepend=True, with_kwargs=True))
+                self._hooks.append(block.register_forward_hook(_Hook(self._leave)))
             # Registered later, so run earlier: a root that is a block itself must find the rest there.
-            self._hooks.append(module.register_forward_pre_hook(self._enter_module, prepend=True))
-            self._hooks.append(module.register_forward_hook(self._leave_module, always_call=True))
+            self._hooks.append(module.register_forward_pre_hook(_Hook(self._enter_module), prepend=True))
+            self._hooks.append(module.register_forward_hook(_Hook(self._leave_module), always_call=True))
 
     def attach(self, units: Sequence[Unit]) -> None:
         """Take over the units of a new layout; all of them are away."""
@@ -112,10 +131,6 @@ class Residency:
         self._hooks.clear()
         self._units = {}
 
-    def __deepcopy__(self, memo: Any) -> Residency:
-        """A copy of the module takes the hooks along; for other modules than these they do nothing."""
-        return self
-
     # ----------------------------------------------------------------- forward
 
     @contextmanager
@@ -127,16 +142,13 @@ class Residency:
         finally:
             self._leave_root()
 
-    def _enter_module(self, module: nn.Module, *_: Any) -> None:
-        if module is not self._module:
-            return
+    def _enter_module(self, *_: Any) -> None:
         if self._depth == 0:
             self._prepare()
         self._enter_root()
 
-    def _leave_module(self, module: nn.Module, *_: Any) -> None:
-        if module is self._module:
-            self._leave_root()
+    def _leave_module(self, *_: Any) -> None:
+        self._leave_root()
 
     @torch.compiler.disable  # type: ignore[untyped-decorator]
     def _enter_root(self) -> None:
@@ -157,7 +169,6 @@ class Residency:
             if not torch.is_grad_enabled():
                 self._let_go(self._all())
 
-    @torch.compiler.disable  # type: ignore[untyped-decorator]
     def _enter(self, block: nn.Module, args: Any, kwargs: Any) -> None:
         if block not in self._units:
             return
@@ -174,7 +185,6 @@ class Residency:
             for tensor in inputs:
                 tensor.register_hook(partial(_input_arrived, weakref.ref(self), call))  # type: ignore[no-untyped-call]
 
-    @torch.compiler.disable  # type: ignore[untyped-decorator]
     def _leave(self, block: nn.Module, args: Any, output: Any) -> None:
         if block not in self._units:
             return
@@ -255,6 +265,7 @@ class Residency:
         """Call before this rank's parts are changed: nobody reads them any more."""
         if self.is_active:
             self._lockstep.enter(doing)
+            self._store([unit for unit in self._all() if self._written[unit]], doing)  # the update starts from them
             for unit in self._all():  # held or not: the whole values are the old ones from now on
                 unit.memory.free()
             self._collectives.fence(doing).wait()
@@ -263,6 +274,7 @@ class Residency:
         """Call when this rank's parts have been changed."""
         if self.is_active:
             self._collectives.fence("the end of an update")
+            self._have([unit for unit in self._all() if self._held[unit]])  # a step within ``everything``
             if self._depth:
                 self._bring(None)  # a training_step with several optimizer steps goes on
 
@@ -281,24 +293,28 @@ class Residency:
         masters = [unit for unit in units if unit.memory.has_master]
         units = [unit for unit in units if not unit.memory.has_master]
         before = [unit for unit in units if unit.memory.presence is not Presence.AWAY]
-        self._fetch(units)
-        for unit in units:
-            unit.memory.wait()
+        written = units if writeback and self.is_active else ()
+        self._have(units)
         self._held.update(units)
+        self._written.update(written)
         for unit in masters:
-            unit.memory.show_master()
+            unit.memory.show_master(writeback=writeback)
         try:
             yield
         finally:
             self._held.subtract(units)
-            self._held = +self._held  # a count of zero would keep the unit, and its memory
+            self._written.subtract(written)
+            # A count of zero would keep the unit, and its memory.
+            self._held, self._written = +self._held, +self._written
             if writeback and self.is_active:
-                self._lockstep.enter("the end of full_parameters(writeback=True)")
-                self._collectives.fence("the end of full_parameters(writeback=True)").wait()
+                doing = "the end of full_parameters(writeback=True)"
+                self._lockstep.enter(doing)
+                self._collectives.fence(doing).wait()
                 for unit in units:
-                    unit.memory.store()
+                    if unit.memory.presence is Presence.HERE:  # not if a step failed
+                        unit.memory.store()
             for unit in masters:
-                unit.memory.hide_master(keep=writeback)
+                unit.memory.hide_master(writeback=writeback)
             if writeback and self.is_active:
                 self._collectives.fence("the end of writing values back")
             brought = [unit for unit in units if unit not in before]
@@ -319,7 +335,9 @@ class Residency:
         return [unit for units in self._units.values() for unit in units]
 
     def _bring(self, block: nn.Module | None) -> None:
-        units = self._units.get(block, ())
+        self._have(self._units.get(block, ()))
+
+    def _have(self, units: Sequence[Unit]) -> None:
         self._fetch(units)
         for unit in units:
             unit.memory.wait()
@@ -329,6 +347,13 @@ class Residency:
             if unit.memory.presence is Presence.AWAY:
                 self._lockstep.note(unit.name)
                 unit.memory.fetch()
+
+    def _store(self, units: Sequence[Unit], doing: str) -> None:
+        """Keep this rank's parts of values that were changed, when nobody reads the old ones any more."""
+        if units:
+            self._collectives.fence(doing).wait()
+            for unit in units:
+                unit.memory.store()
 
     def _prefetch(self, block: nn.Module, *, backward: bool) -> None:
         """Start to gather what the last pass needed after ``block``."""

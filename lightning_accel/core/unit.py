@@ -267,8 +267,9 @@ class Unit:
                 parameter.grad = self._placeholder(position)
 
     def _placeholder(self, position: int) -> ShardedGradient:
-        if position not in self._placeholders:
-            parameter, name = self.parameters[position], self.names[position]
+        parameter, name = self.parameters[position], self.names[position]
+        known = self._placeholders.get(position)
+        if known is None or known.dtype != parameter.dtype:  # which master values have another one of
             self._placeholders[position] = ShardedGradient(parameter, name, _zeroing(self, position))
         return self._placeholders[position]
 

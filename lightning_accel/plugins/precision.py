@@ -1,25 +1,32 @@
-"""Lightning's precision plugins, with clipping by the engine.
+"""Lightning's precision plugins, with clipping and loss scaling by the engine.
 
-A precision plugin clips the gradients it finds in ``optimizer.param_groups``. Where gradients rest sharded no rank has
-them there, and where they rest in flat buffers a few large tensors are quicker than many small ones. So the plugin that
-the Trainer chose, or the user gave, is copied and the copy clips through the engine. All else it does stays its own.
+A precision plugin clips the gradients it finds in ``optimizer.param_groups``, and torch's scaler unscales those. Where
+gradients rest sharded no rank has them there, and where they rest in flat buffers a few large tensors are quicker than
+many small ones. So the plugin that the Trainer or Fabric chose, or the user gave, is copied, and the copy clips and
+scales through the engine. All else it does stays its own, and it keeps its class, by whose name its state is saved.
 """
 
 from __future__ import annotations
 
 import copy
 from functools import partial
-from typing import Any
+from typing import Any, TypeVar
 
+import torch
+from lightning.fabric.plugins.precision import MixedPrecision as FabricMixedPrecision
 from lightning.fabric.plugins.precision import Precision as FabricPrecision
 from lightning.pytorch.plugins.precision import MixedPrecision, Precision
 from lightning.pytorch.utilities import GradClipAlgorithmType
 from torch.optim import Optimizer
 
 from lightning_accel.core.engine import Engine
+from lightning_accel.core.grad_scaler import GradScaler
 from lightning_accel.core.optimizer import EngineOptimizer
 
 _CLIPPING = ("clip_gradients", "clip_grad_by_norm", "clip_grad_by_value")
+_TORCHS = (torch.amp.GradScaler, torch.cuda.amp.GradScaler)
+
+Plugin = TypeVar("Plugin", bound=FabricPrecision)
 
 
 def engine_optimizer(optimizer: Any) -> EngineOptimizer | None:
@@ -29,53 +36,77 @@ def engine_optimizer(optimizer: Any) -> EngineOptimizer | None:
     return found if isinstance(found, EngineOptimizer) else None
 
 
-def with_engine_clipping(plugin: Precision) -> Precision:
-    """A copy of a Trainer precision plugin that clips through the engine.
+def with_engine(plugin: Plugin, grad_scaler: GradScaler | None = None) -> Plugin:
+    """A copy of a precision plugin that clips and scales through the engine.
 
     Args:
-        plugin: Any precision plugin; it is left as it is, and used as it is if its class clips in its own way.
+        plugin: Any precision plugin of the Trainer or of Fabric; it is left as it is. If its class clips in its own
+            way, so does the copy. One of torch's scalers is replaced by one with the same settings and state; a scaler
+            of another class is kept.
+        grad_scaler: The scaler to use. With bf16-mixed it is a check for overflow.
 
     Returns:
         A plugin of the same class, so that the state it saves is found again under the same name.
 
+    Raises:
+        ValueError: If there is a ``grad_scaler`` and the precision is not a mixed one, or has another one already.
+
     """
-    if any(not getattr(type(plugin), name).__module__.startswith("lightning.") for name in _CLIPPING):
-        return plugin  # a class of the user's, with rules of its own about clipping
     changed = copy.copy(plugin)
-    changed.__dict__["clip_gradients"] = partial(_clip_gradients, plugin)
+    scaler = getattr(plugin, "scaler", None)
+    if grad_scaler is not None:
+        if not isinstance(plugin, (MixedPrecision, FabricMixedPrecision)):
+            raise ValueError(
+                "Expected precision='16-mixed' or 'bf16-mixed' together with grad_scaler, got"
+                f" {getattr(plugin, 'precision', type(plugin).__name__)!r}. Leave grad_scaler out."
+            )
+        if isinstance(scaler, GradScaler) and scaler is not grad_scaler:
+            raise ValueError(
+                "Expected one gradient scaler, got one with the strategy and another with the precision plugin. Leave"
+                " one of them out."
+            )
+        changed.__dict__["scaler"] = grad_scaler
+    elif isinstance(scaler, torch.amp.GradScaler) and type(scaler) in _TORCHS:
+        changed.__dict__["scaler"] = GradScaler.like(scaler)
+    if isinstance(plugin, Precision) and all(
+        getattr(type(plugin), name).__module__.startswith("lightning.") for name in _CLIPPING
+    ):
+        changed.__dict__["clip_gradients"] = partial(_clip_gradients, changed)
     return changed
 
 
 def _clip_gradients(
-    plugin: Precision,
+    plugin: Any,
     optimizer: Optimizer,
     clip_val: int | float = 0.0,
     gradient_clip_algorithm: GradClipAlgorithmType = GradClipAlgorithmType.NORM,
 ) -> None:
     added = engine_optimizer(optimizer)
-    scales = isinstance(plugin, MixedPrecision) and plugin.scaler is not None
-    if added is None or scales:
-        # A gradient scaler has rules of its own about who unscales what before clipping.
-        plugin.clip_gradients(optimizer, clip_val, gradient_clip_algorithm)
-    elif clip_val > 0:
+    scaler = getattr(plugin, "scaler", None)
+    if added is None or not isinstance(scaler, GradScaler | None):
+        # A scaler that the engine does not know has rules of its own about who unscales what before clipping.
+        type(plugin).clip_gradients(plugin, optimizer, clip_val, gradient_clip_algorithm)
+    elif clip_val != 0:  # which is how Lightning's users say that they want none
         engine: Engine = added.engine
+        if scaler is not None:
+            scaler.unscale_(added.optimizer)  # under manual optimization nobody else has done so
         if gradient_clip_algorithm == GradClipAlgorithmType.VALUE:
             engine.clip_grad_value_(added.optimizer, clip_val)
         else:
             engine.clip_grad_norm_(added.optimizer, clip_val)
 
 
-def require_no_scaler(plugin: Precision | FabricPrecision, row: str) -> None:
-    """Raise if a plugin scales gradients in a way that a row with sharded gradients cannot follow yet.
+def require_known_scaler(plugin: FabricPrecision, row: str) -> None:
+    """Raise if a plugin scales gradients in a way that a row with sharded gradients cannot follow.
 
     Raises:
         ValueError: Says what to use instead.
 
     """
     scaler = getattr(plugin, "scaler", None)
-    if scaler is not None:
+    if not isinstance(scaler, GradScaler | None):
         raise ValueError(
-            f"Expected a precision without a gradient scaler for strategy='accel_{row}', got"
-            f" precision={getattr(plugin, 'precision', type(plugin).__name__)!r}: its scaler looks at whole gradients,"
-            " which no rank has. Use precision='bf16-mixed', or strategy='accel_ddp'."
+            f"Expected a lightning_accel.core.GradScaler for strategy='accel_{row}', got"
+            f" {type(scaler).__module__}.{type(scaler).__qualname__}, which looks at whole gradients, and no rank has"
+            " them. Give a GradScaler with grad_scaler=... to the strategy, or use strategy='accel_ddp'."
         )

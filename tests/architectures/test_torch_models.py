@@ -15,7 +15,7 @@ MODELS = ["resnet", "recurrent", "two_towers", "experts"]
 def train(name: str, row: str) -> None:
     ours = zoo.with_engine(name, row)
     zoo.require_equal(ours, zoo.alone(name, dist.get_world_size()))
-    if row == "fsdp" and zoo.CASES[name].oracle:
+    if row == "fsdp":
         # FSDP2 leaves each rank the running statistics of its own samples.
         zoo.require_equal(ours, zoo.with_fsdp2(name), buffers=dist.get_rank() == 0)
 
@@ -23,6 +23,23 @@ def train(name: str, row: str) -> None:
 @pytest.mark.parametrize(("name", "row"), zoo.grid(MODELS, everyday=("two_towers", "experts")))
 def test_training_gives_the_parameters_of_the_single_process_and_of_fsdp2(ranks2, name, row):
     ranks2.run(train, name, row)
+
+
+@pytest.fixture(scope="module")
+def ranks4(ranks_of):
+    return ranks_of(4)
+
+
+def train_in_copies(name: str) -> None:
+    ours = zoo.with_engine(name, "fsdp_hybrid", shard_size=2)
+    zoo.require_equal(ours, zoo.alone(name, dist.get_world_size()))
+    zoo.require_equal(ours, zoo.with_fsdp2(name, 2))
+
+
+@pytest.mark.matrix
+@pytest.mark.parametrize("name", ["two_towers", "experts"])
+def test_what_ranks_use_unevenly_in_two_copies(ranks4, name):
+    ranks4.run(train_in_copies, name)
 
 
 @pytest.mark.parametrize(("name", "row"), zoo.grid(["resnet", "two_towers"]))

@@ -64,8 +64,9 @@ class Case:
         loss: The mean over a micro-batch.
         joined: Whether the single process takes the micro-batches of all ranks as one. If not it runs them one by one
             and averages the losses: where what a model does with one sample depends on the batch it comes in.
-        units: What the engine and FSDP2 shard as one.
-        oracle: Whether FSDP2 can train it: it needs all ranks to use the same modules, or waits for ever.
+        units: What the engine shards as one, and FSDP2, too.
+        fsdp2: What FSDP2 shards as one instead, where ranks use the model unevenly: each of its groups must be called
+            on every rank or on none, or ranks wait for different collectives for ever. The rest is in the root's group.
     """
 
     make: Callable[[], nn.Module]
@@ -73,7 +74,7 @@ class Case:
     loss: Callable[[nn.Module, Any], Tensor]
     joined: bool = True
     units: Sequence[type[nn.Module]] | None = None
-    oracle: bool = True
+    fsdp2: Sequence[type[nn.Module]] | None = None
 
 
 def generator(number: int, rank: int) -> torch.Generator:
@@ -304,8 +305,8 @@ CASES = {
     "bert": Case(bert, padded, masked_tokens),
     "resnet": Case(ResNet, images, classify, joined=False),
     "recurrent": Case(Recurrent, tokens, tag, units=(nn.LSTM, nn.GRU)),
-    "two_towers": Case(TwoTowers, pairs, towers, joined=False, oracle=False),
-    "experts": Case(MixtureOfExperts, clusters, regress, joined=False, units=(Expert,), oracle=False),
+    "two_towers": Case(TwoTowers, pairs, towers, joined=False, fsdp2=()),
+    "experts": Case(MixtureOfExperts, clusters, regress, joined=False, units=(Expert,), fsdp2=(Mixture,)),
 }
 
 
@@ -415,9 +416,9 @@ def set_up(module: nn.Module, row: str, **options: Any) -> tuple[Engine, torch.o
     return engine, optimizer
 
 
-def with_engine(name: str, row: str) -> Trained:
+def with_engine(name: str, row: str, **options: Any) -> Trained:
     case = CASES[name]
-    engine, optimizer = set_up(build(case.make), row, units=case.units)
+    engine, optimizer = set_up(build(case.make), row, units=case.units, **options)
     norms = run_engine(engine, optimizer, case)
     with engine.full_parameters():
         trained = snapshot(engine.module, norms)
@@ -425,24 +426,63 @@ def with_engine(name: str, row: str) -> Trained:
     return trained
 
 
-def with_fsdp2(name: str) -> Trained:
-    """The same with torch's own FSDP2: the same units, the rest in the root."""
+def with_fsdp2(name: str, shard_size: int | None = None) -> Trained:
+    """The same with torch's own FSDP2: the same units if all ranks call them, the rest in the root.
+
+    Args:
+        name: The case.
+        shard_size: How many neighbouring ranks divide a copy; all by default.
+    """
     case = CASES[name]
     module = build(case.make)
-    mesh = init_device_mesh("cpu", (dist.get_world_size(),))
-    for block in find_blocks(module, case.units).values():
+    shapes = {key: parameter.shape for key, parameter in module.named_parameters()}
+    for parameter in module.parameters():
+        if not parameter.dim():
+            parameter.data = parameter.data.view(1)  # it refuses scalars; broadcasting makes no difference
+    ranks = dist.get_world_size()
+    shard_size = shard_size or ranks
+    mesh = init_device_mesh("cpu", (ranks // shard_size, shard_size), mesh_dim_names=("replicate", "shard"))
+    if shard_size == ranks:
+        mesh = mesh["shard"]
+    if case.fsdp2 is None:
+        blocks = list(find_blocks(module, case.units).values())
+    else:
+        blocks = [part for part in module.modules() if isinstance(part, tuple(case.fsdp2))]
+    for block in blocks:
         fully_shard(block, mesh=mesh)
     fully_shard(module, mesh=mesh)
+    if case.fsdp2 is not None:
+        module.set_reduce_scatter_unused_params(True)  # else ranks would send gradients of different parameters
     optimizer, norms = make_optimizer(module.parameters()), []
     for step in range(STEPS):
         optimizer.zero_grad()
         for number in range(step * ACCUMULATE, (step + 1) * ACCUMULATE):
             (case.loss(module, case.batch(number, dist.get_rank())) / ACCUMULATE).backward()
+        if case.fsdp2 is not None:
+            drop_zero_gradients(module)
         norm = nn.utils.clip_grad_norm_(module.parameters(), MAX_NORM)
         norms.append(float(norm.full_tensor() if isinstance(norm, DTensor) else norm))
         optimizer.step()
-    full = {key: p.full_tensor().detach() for key, p in module.named_parameters() if isinstance(p, DTensor)}
+    full = {
+        key: p.full_tensor().detach().view(shapes[key])
+        for key, p in module.named_parameters()
+        if isinstance(p, DTensor)
+    }
     return Trained(full, {key: buffer.clone() for key, buffer in module.named_buffers()}, norms)
+
+
+def drop_zero_gradients(module: nn.Module) -> None:
+    """Take the gradients away that are zero on all ranks: those of parameters that no rank has used.
+
+    Asked for zeros where a rank has no gradient, FSDP2 makes them where no rank has one, too. One device has None
+    there, and AdamW leaves alone what has None: zeros would have it decay the value and the moments.
+    """
+    parameters = list(module.parameters())
+    used = torch.stack([parameter.grad.to_local().any() for parameter in parameters]).int()
+    dist.all_reduce(used, dist.ReduceOp.MAX)
+    for parameter, flag in zip(parameters, used.tolist(), strict=True):
+        if not flag:
+            parameter.grad = None
 
 
 def worst(ours: dict[str, Tensor], theirs: dict[str, Tensor]) -> tuple[float, str]:

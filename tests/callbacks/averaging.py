@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from harness import Ranks
 from lightning_accel import callbacks as our_callbacks
+from lightning_accel.strategies import AccelFSDPStrategy
 
 EPOCHS = 12  # of 4 batches and 2 optimizer steps
 # Where a run can be stopped and where it can go on; "auto" is Lightning's own callback on one device.
@@ -67,7 +68,9 @@ def library(strategy: str) -> Any:
 
 
 def make(strategy: str, **arguments: Any) -> pl.Trainer:
-    """A Trainer for a row in a rank, or for "auto" in pytest's process."""
+    """A Trainer for a row in a rank, or for "auto" in pytest's process; "hybrid" is two copies on four ranks."""
+    if strategy == "hybrid":
+        return trainer(AccelFSDPStrategy(sharding="hybrid", shard_size=2), devices=4, **arguments)
     return alone(**arguments) if strategy == "auto" else trainer(f"accel_{strategy}", **arguments)
 
 

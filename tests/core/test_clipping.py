@@ -1,3 +1,4 @@
+import contextlib
 import math
 
 import pytest
@@ -50,12 +51,13 @@ def test_no_gradients_have_norm_zero():
 
 
 def test_bad_limits():
-    with pytest.raises(ValueError, match="max_norm >= 0"):
-        clip_grad_norm(gradients(), -1.0, 2.0, False, False, Alone())
+    for limit in (-1.0, 0.0, math.nan):
+        with pytest.raises(ValueError, match=f"max_norm > 0 .* got {limit}"):
+            clip_grad_norm(gradients(), limit, 2.0, False, False, Alone())
+        with pytest.raises(ValueError, match=f"clip_value > 0, got {limit}"):
+            clip_grad_value(gradients(), limit)
     with pytest.raises(ValueError, match="norm_type > 0"):
         clip_grad_norm(gradients(), 1.0, 0.0, False, False, Alone())
-    with pytest.raises(ValueError, match="clip_value >= 0"):
-        clip_grad_value(gradients(), -1.0)
 
 
 def test_by_value():
@@ -63,3 +65,26 @@ def test_by_value():
     clip_grad_value(ours, 0.25)
     assert torch.equal(torch.cat(ours), torch.cat(gradients()).clamp(-0.25, 0.25))
     clip_grad_value([], 0.25)
+
+
+@pytest.mark.parametrize("bad", [math.inf, math.nan])
+@pytest.mark.parametrize("skipped", [False, True])
+@pytest.mark.parametrize("sharded", [False, True])
+def test_a_norm_that_is_not_finite_makes_no_nan(bad, skipped, sharded):
+    ours = [torch.tensor([1.0, bad]), torch.tensor([2.0])]
+    with contextlib.nullcontext() if skipped else pytest.warns(UserWarning, match="were set to zero"):
+        norm = clip_grad_norm(ours, 1.0, 2.0, False, sharded, Alone(), skipped=skipped)
+    assert not torch.isfinite(norm)
+    assert ours[0].tolist() == (pytest.approx([1.0, bad], nan_ok=True) if skipped else [0.0, 0.0])
+    assert ours[1].tolist() == ([2.0] if skipped else [0.0])
+
+
+@pytest.mark.parametrize("p", [2.0, 3.0, math.inf])
+@pytest.mark.parametrize("sharded", [False, True])
+def test_finite_gradients_whose_powers_overflow_are_clipped(p, sharded):
+    ours = [torch.tensor([3e30, 0.0]), torch.tensor([4e30])]
+    norm = clip_grad_norm(ours, 1.0, p, True, sharded, Alone())
+    # Rounding of fp32 once for the norm and once for each product.
+    expected = torch.linalg.vector_norm(torch.tensor([3.0, 4.0]), p) * 1e30
+    torch.testing.assert_close(norm, expected, rtol=1e-6, atol=0)
+    torch.testing.assert_close(torch.cat(ours), torch.tensor([3e30, 0.0, 4e30]) / expected, rtol=1e-6, atol=0)

@@ -1,5 +1,7 @@
 """Each implementation of the collectives does the same, on even and uneven parts."""
 
+import time
+
 import pytest
 import torch
 import torch.distributed as dist
@@ -127,3 +129,34 @@ def test_small_messages(world):
 def test_without_a_process_group_the_error_says_how_to_get_one():
     with pytest.raises(RuntimeError, match="torchrun"):
         connect(torch.device("cpu"))
+
+
+def meet(late: list[float], patience: float) -> list[tuple[bool, float]]:
+    """Whether this rank met the others, time and again, and how long it took; it comes late, or never if negative."""
+    collectives = connect(torch.device("cpu"))
+    found = []
+    for turn in range(3):
+        delay = late[dist.get_rank()] if turn == 1 else 0.0
+        if delay < 0:
+            time.sleep(4 * patience)
+            return found
+        time.sleep(delay)
+        begin = time.monotonic()
+        found.append((collectives.meet_within(patience), time.monotonic() - begin))
+    return found
+
+
+def test_ranks_meet_again_and_again(ranks3):
+    for found in ranks3.run(meet, [0.0, 0.3, 0.0], 20.0):
+        assert [met for met, _ in found] == [True, True, True]
+
+
+@pytest.mark.parametrize("absent", [0, 2])
+def test_nobody_waits_longer_for_a_rank_that_does_not_come(ranks3, absent):
+    patience = 1.0
+    results = ranks3.run(meet, [-1.0 if rank == absent else 0.0 for rank in range(3)], patience)
+    for rank, found in enumerate(results):
+        if rank != absent:
+            assert [met for met, _ in found] == [True, False, False]
+            assert found[1][1] < 3 * patience
+            assert found[2][1] < patience, "it is known by now"

@@ -268,6 +268,39 @@ def test_whole_parameters_are_master_values(ranks2: Ranks, row: str) -> None:
         assert gradient is torch.float64
 
 
+def stepped_within(row: str, writeback: bool) -> tuple[float, float, float]:
+    """A step within ``full_parameters`` starts from what was changed there to be kept."""
+    results = []
+    for within in (True, False):
+        module = build(Layers)
+        engine = Engine(module, row, param_dtype=torch.float32)
+        optimizer = adamw(module.parameters())
+        engine.add_optimizer(optimizer)
+        engine.backward(loss_of(module, *[part[0] for part in data(1, 1)]))
+        with engine.full_parameters(writeback=writeback):
+            if writeback:
+                with torch.no_grad():
+                    for parameter in module.parameters():
+                        parameter.mul_(1.5)
+            if within:
+                optimizer.step()
+                seen = [p.detach().clone() for p in module.parameters()]
+        if not within:
+            optimizer.step()
+        with torch.no_grad(), engine.forward_context():
+            output = module(data(1, 1)[0][0])
+        results.append((values(engine), output))
+        engine.close()
+    (ours, one), (expected, other) = results
+    return relative_error(ours, expected), relative_error(seen, expected), float((one - other).abs().max())
+
+
+@pytest.mark.parametrize("writeback", [False, True])
+@pytest.mark.parametrize("row", everyday(MIXED))
+def test_a_step_within_full_parameters(ranks2: Ranks, row: str, writeback: bool) -> None:
+    assert ranks2.run(stepped_within, row, writeback) == [(0.0, 0.0, 0.0)] * 2
+
+
 def on_meta(row: str) -> tuple[float, bool]:
     torch.manual_seed(0)
     whole = Layers()

@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import errno
+import importlib.util
 import os
 import re
+import subprocess
+import sys
 from contextlib import ExitStack
 from pathlib import Path
 from unittest import mock
@@ -206,3 +209,173 @@ def test_optimizers_on_whole_parameters_are_refused_where_nothing_is_sharded(ran
         assert error is not None
         assert error[0] == "ValueError"
         assert "an elementwise optimizer for offload with row 'ddp', got Adafactor" in error[1]
+
+
+# ------------------------------------------------------ DeepSpeed's CPU Adam
+
+FP32 = 2e-5
+"""Relative error of fp32 parameters that the rounding of 20 steps makes."""
+
+
+MOMENTS = ("exp_avg", "exp_avg_sq")
+
+
+class StandIn(torch.optim.Optimizer):
+    """What the engine has to know of DeepSpeed's: its name, its integer step, its fp32 moments, its groups."""
+
+    __module__, __qualname__ = "deepspeed.ops.adam.cpu_adam", "DeepSpeedCPUAdam"
+
+    def __init__(self, parameters):
+        defaults = {"lr": 0.01, "betas": (0.9, 0.999), "eps": 1e-8, "weight_decay": 0.1, "bias_correction": True}
+        super().__init__(parameters, defaults)
+
+    @torch.no_grad()
+    def step(self, closure=None):
+        for group in self.param_groups:
+            assert group["bias_correction"]
+            for parameter in group["params"]:
+                if parameter.grad is None:
+                    continue
+                assert parameter.dim() == 1, "not cut into flat segments"
+                state = self.state[parameter]
+                if not state:
+                    moments = {key: torch.zeros_like(parameter, dtype=torch.float32) for key in MOMENTS}
+                    state.update({"step": 0, **moments})
+                state["step"] += 1
+                assert type(state["step"]) is int
+                first, second = (state[key] for key in MOMENTS)
+                assert first.dtype == second.dtype == torch.float32
+                gradient = parameter.grad.float()
+                first.lerp_(gradient, 1 - group["betas"][0])
+                second.lerp_(gradient**2, 1 - group["betas"][1])
+                bias1, bias2 = (1 - beta ** state["step"] for beta in group["betas"])
+                update = first / bias1 / ((second / bias2).sqrt() + group["eps"])
+                parameter.mul_(1 - group["lr"] * group["weight_decay"]).sub_(group["lr"] * update)
+
+
+def stand_in(parameters):  # the class cannot be pickled under its borrowed name
+    return StandIn(parameters)
+
+
+def deepspeeds(parameters):
+    from deepspeed.ops.adam import DeepSpeedCPUAdam
+
+    return DeepSpeedCPUAdam(parameters, lr=0.01, weight_decay=0.1)
+
+
+@pytest.fixture(scope="module")
+def built_deepspeed():
+    if importlib.util.find_spec("deepspeed") is None:
+        pytest.skip("needs deepspeed")
+    program = (
+        "import torch; from deepspeed.ops.adam import DeepSpeedCPUAdam as A; A([torch.nn.Parameter(torch.ones(1))])"
+    )
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=False)
+    if done.returncode != 0:
+        pytest.skip(f"DeepSpeed's CPU Adam cannot be built here: {done.stderr.splitlines()[-1]}")
+
+
+class Shortened(Net):
+    """Leaves its last block out while it is short: the counts of steps differ."""
+
+    def __init__(self) -> None:
+        super().__init__(65, 3)
+        self.short = False
+
+    def forward(self, x):
+        x = torch.tanh(self.first(x))
+        for block in self.blocks[: -1 if self.short else None]:
+            x = block(x)
+        return self.last(x)
+
+
+def in_two_halves(row, makes, offload=None, folder=None):
+    """Error against torch's AdamW of ten short and ten whole steps, and the final state beside torch's.
+
+    Each half has an optimizer of its own, which gets the state of the other by state dict.
+    """
+    alone, module = build(Shortened, torch.float32), build(Shortened, torch.float32)
+    reference = adamw(alone.parameters())
+    saved = None
+    for make, short in zip(makes, (True, False), strict=True):
+        alone.short = module.short = short
+        train_alone(alone, reference, 10, dist.get_world_size())
+        engine = Engine(module, row, offload=offload, offload_dir=folder)
+        optimizer = make(module.parameters())
+        engine.add_optimizer(optimizer)
+        if saved is not None:
+            optimizer.load_state_dict(saved)
+        train(engine, optimizer, 10)
+        saved = optimizer.state_dict()
+        whole = {segment.whole for segment in engine.optimizers[0].segments}
+        error = relative_error(values(engine), alone.parameters())
+        engine.close()
+    return error, whole, saved["state"] if saved else {}, reference.state_dict()["state"]
+
+
+def assert_in_two_halves(ranks, row, makes, offload, folder):
+    for rank, (error, whole, ours, theirs) in enumerate(ranks.run(in_two_halves, row, makes, offload, folder)):
+        assert error < FP32
+        assert whole == {False}
+        if rank > 0 and row != "ddp":
+            continue
+        assert {int(values["step"]) for values in ours.values()} == {10, 20}
+        assert ours.keys() == theirs.keys()
+        for index, expected in theirs.items():
+            assert type(ours[index]["step"]) is (torch.Tensor if makes[1] is adamw else int)
+            assert ours[index]["step"] == expected["step"]
+            for key in MOMENTS:
+                error = relative_error([ours[index][key]], [expected[key]])
+                assert ours[index][key].shape == expected[key].shape
+                assert error < 1e-3, (index, key)  # gradients at parameters that rounding has moved apart
+
+
+PAIRS = pytest.mark.parametrize("to", ["its own", "torch's", "from torch's"])
+
+
+def pair(to, make):
+    return {"its own": (make, make), "torch's": (make, adamw), "from torch's": (adamw, make)}[to]
+
+
+@PAIRS
+@pytest.mark.parametrize("offload", [None, "optimizer"])
+@pytest.mark.parametrize("row", everyday(ROW_NAMES))
+def test_an_optimizer_of_the_name_of_deepspeeds_equals_adamw(ranks2, row, offload, to):
+    assert_in_two_halves(ranks2, row, pair(to, stand_in), offload, None)
+
+
+@pytest.mark.timeout(900)  # the first time it is built, which takes minutes
+@PAIRS
+@pytest.mark.parametrize("offload", [None, "optimizer"])
+@pytest.mark.parametrize("row", ["ddp", "zero2", "fsdp"])
+def test_deepspeeds_cpu_adam_equals_adamw(built_deepspeed, ranks2, tmp_path, row, offload, to):
+    assert_in_two_halves(ranks2, row, pair(to, deepspeeds), offload, tmp_path if offload else None)
+
+
+def in_bf16(folder):
+    module = build(wide, torch.bfloat16)
+    engine = Engine(module, "zero2", offload="optimizer", offload_dir=folder)
+    optimizer = stand_in(module.parameters())
+    engine.add_optimizer(optimizer)
+    train(engine, optimizer, 2)
+    optimizer.load_state_dict(optimizer.state_dict())
+    train(engine, optimizer, 2)  # it looks at the dtype itself
+    return optimizer.state_dict()
+
+
+def test_moments_of_deepspeeds_name_stay_fp32_beside_bf16_parameters(ranks2, tmp_path):
+    state = ranks2.run(in_bf16, tmp_path)[0]["state"]
+    assert {values[key].dtype for values in state.values() for key in MOMENTS} == {torch.float32}
+
+
+def on_a_device():
+    module = build(wide)
+    engine = Engine(module, "zero2")
+    with mock.patch.object(engine.collectives, "device", torch.device("cuda")):
+        engine.add_optimizer(stand_in(module.parameters()))
+
+
+def test_deepspeeds_name_without_offload_is_refused_on_a_device(ranks2):
+    for kind, text in ranks2.run_expecting_error(on_a_device):
+        assert kind == "ValueError"
+        assert "Expected offload='optimizer' for DeepSpeedCPUAdam, which updates on the CPU only, got" in text

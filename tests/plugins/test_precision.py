@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from typing import Any
 
@@ -13,8 +14,8 @@ from lightning.pytorch.plugins.precision import DoublePrecision, HalfPrecision, 
 from lightning.pytorch.utilities import GradClipAlgorithmType
 from torch import nn
 
-from lightning_accel.core import Engine
-from lightning_accel.plugins.precision import engine_optimizer, require_no_scaler, with_engine_clipping
+from lightning_accel.core import Engine, GradScaler
+from lightning_accel.plugins.precision import engine_optimizer, require_known_scaler, with_engine
 
 PLUGINS = [
     Precision(),
@@ -53,11 +54,14 @@ class Trained:
 @pytest.mark.parametrize("plugin", PLUGINS, ids=IDS)
 def test_the_copy_is_of_the_same_class_and_the_original_is_left_alone(plugin: Precision) -> None:
     before = dict(vars(plugin))
-    changed = with_engine_clipping(plugin)
+    changed = with_engine(plugin)
     assert type(changed) is type(plugin)
     assert changed is not plugin
     assert vars(plugin) == before
-    assert {name: value for name, value in vars(changed).items() if name != "clip_gradients"} == before
+    replaced = ("clip_gradients", "scaler")
+    assert {k: v for k, v in vars(changed).items() if k not in replaced} == {
+        k: v for k, v in before.items() if k not in replaced
+    }
     assert type(changed).__qualname__ == type(plugin).__qualname__  # the name that its state is saved under
 
 
@@ -65,7 +69,7 @@ def test_the_copy_is_of_the_same_class_and_the_original_is_left_alone(plugin: Pr
 @pytest.mark.parametrize("row", ["ddp", "zero1", "zero2"])
 def test_norm_is_clipped(plugin: Precision, row: str) -> None:
     trained = Trained(row)
-    with_engine_clipping(plugin).clip_gradients(trained.optimizer, 0.5)
+    with_engine(plugin).clip_gradients(trained.optimizer, 0.5)
     # 5 is the norm of (3, 4); torch divides by it plus 1e-6.
     assert trained.gradients() == pytest.approx([0.3, 0.4], rel=1e-6)
 
@@ -74,14 +78,23 @@ def test_norm_is_clipped(plugin: Precision, row: str) -> None:
 @pytest.mark.parametrize("row", ["ddp", "zero1", "zero2"])
 def test_values_are_clamped(plugin: Precision, row: str) -> None:
     trained = Trained(row)
-    with_engine_clipping(plugin).clip_gradients(trained.optimizer, 3.5, GradClipAlgorithmType.VALUE)
+    with_engine(plugin).clip_gradients(trained.optimizer, 3.5, GradClipAlgorithmType.VALUE)
     assert trained.gradients() == [3.0, 3.5]
 
 
-@pytest.mark.parametrize("limit", [0, 0.0, -1.0])
-def test_a_limit_that_is_not_positive_clips_nothing(limit: float) -> None:
+@pytest.mark.parametrize("limit", [0, 0.0])
+def test_zero_clips_nothing(limit: float) -> None:
     trained = Trained()
-    with_engine_clipping(Precision()).clip_gradients(trained.optimizer, limit)
+    with_engine(Precision()).clip_gradients(trained.optimizer, limit)
+    assert trained.gradients() == [3.0, 4.0]
+
+
+@pytest.mark.parametrize("limit", [-1.0, math.nan])
+@pytest.mark.parametrize("algorithm", [GradClipAlgorithmType.NORM, GradClipAlgorithmType.VALUE])
+def test_limits_that_are_none(limit: float, algorithm: GradClipAlgorithmType) -> None:
+    trained = Trained()
+    with pytest.raises(ValueError, match=f"> 0.* got {limit}"):
+        with_engine(Precision()).clip_gradients(trained.optimizer, limit, algorithm)
     assert trained.gradients() == [3.0, 4.0]
 
 
@@ -89,7 +102,7 @@ def test_an_optimizer_that_no_engine_has_is_clipped_by_the_plugin() -> None:
     layer = nn.Linear(1, 1)
     optimizer = torch.optim.SGD(layer.parameters(), lr=1.0)
     (3 * layer.weight.sum() + 4 * layer.bias.sum()).backward()
-    with_engine_clipping(Precision()).clip_gradients(optimizer, 0.5)
+    with_engine(Precision()).clip_gradients(optimizer, 0.5)
     assert [p.grad.item() for p in layer.parameters()] == pytest.approx([0.3, 0.4], rel=1e-6)
 
 
@@ -102,27 +115,44 @@ def test_engine_optimizer_sees_through_lightnings_wrapper() -> None:
     assert engine_optimizer(torch.optim.SGD(nn.Linear(1, 1).parameters())) is None
 
 
-def test_a_plugin_with_a_scaler_clips_by_itself() -> None:
+class OwnScaler(torch.amp.GradScaler):
+    pass
+
+
+def test_a_plugin_with_a_scaler_of_its_own_clips_by_itself() -> None:
     # Its rules about who unscales what before clipping are its own.
-    plugin = MixedPrecision("16-mixed", device="cpu", scaler=torch.amp.GradScaler("cpu"))
+    plugin = MixedPrecision("16-mixed", device="cpu", scaler=OwnScaler("cpu"))
     calls: list[Any] = []
     plugin.clip_grad_by_norm = lambda optimizer, limit: calls.append(limit)  # type: ignore[method-assign]
-    with_engine_clipping(plugin).clip_gradients(Trained("ddp").optimizer, 0.5)
+    with_engine(plugin).clip_gradients(Trained("ddp").optimizer, 0.5)
     assert calls == [0.5]
+
+
+class OwnClipping(MixedPrecision):
+    def clip_gradients(self, *_: Any) -> None:
+        raise NotImplementedError
+
+
+def test_a_class_that_clips_in_its_own_way_still_scales_through_the_engine() -> None:
+    changed = with_engine(OwnClipping("16-mixed", device="cpu", scaler=torch.amp.GradScaler("cpu")))
+    assert isinstance(changed.scaler, GradScaler)
+    with pytest.raises(NotImplementedError):
+        changed.clip_gradients(Trained().optimizer, 0.5)
 
 
 def test_wrapping_twice_is_wrapping_once() -> None:
     # A strategy that is given to a second Trainer gets the plugin that the first one has changed already.
     trained = Trained()
-    with_engine_clipping(with_engine_clipping(Precision())).clip_gradients(trained.optimizer, 0.5)
+    with_engine(with_engine(Precision())).clip_gradients(trained.optimizer, 0.5)
     assert trained.gradients() == pytest.approx([0.3, 0.4], rel=1e-6)
 
 
-@pytest.mark.parametrize("plugin", UNSCALED, ids=IDS[:4])
-def test_precision_without_scaler_is_accepted(plugin: Precision) -> None:
-    require_no_scaler(plugin, "zero2")
+@pytest.mark.parametrize("plugin", PLUGINS, ids=IDS)
+def test_known_scalers_are_accepted(plugin: Precision) -> None:
+    require_known_scaler(with_engine(plugin), "zero2")
 
 
-def test_precision_with_scaler_is_refused() -> None:
-    with pytest.raises(ValueError, match=r"accel_zero1.*got precision='16-mixed'.*bf16-mixed"):
-        require_no_scaler(PLUGINS[4], "zero1")
+def test_another_scaler_is_refused() -> None:
+    plugin = MixedPrecision("16-mixed", device="cpu", scaler=OwnScaler("cpu"))
+    with pytest.raises(ValueError, match=r"GradScaler for strategy='accel_zero1', got .*OwnScaler.*grad_scaler="):
+        require_known_scaler(with_engine(plugin), "zero1")

@@ -57,6 +57,38 @@ def test_exception_on_one_rank_ends_the_run(strategy: str, rank: int, start_s: f
     assert echo == -1 or finished.stderr.find(cause) < echo
 
 
+@pytest.mark.parametrize(
+    ("strategy", "rank"),
+    [
+        ("accel_zero2", 1),
+        *[
+            pytest.param(*case, marks=pytest.mark.matrix)
+            for case in (("accel_zero2", 0), ("accel_fsdp", 0), ("accel_fsdp", 1), ("accel_ddp", 0), ("accel_ddp", 1))
+        ],
+    ],
+)
+def test_a_checkpoint_after_an_exception_on_one_rank(strategy: str, rank: int, tmp_path: Path) -> None:
+    finished = run_script("--strategy", strategy, "--fail", str(rank), "raises", "--keep", str(tmp_path))
+    end = time.time()
+    assert end - float(finished.stdout.rpartition("failing at ")[2].split()[0]) < LIMIT_S
+    assert finished.code != 0
+    assert finished.left == []
+    cause = f"LookupError: no more luck on rank {rank}"
+    assert cause in finished.stderr
+    # Saving fails as well, and says why; what was there before is what counts.
+    assert "Expected all ranks to save a checkpoint" in finished.stderr.partition(cause)[2]
+    epoch, *more = sorted(tmp_path.iterdir())
+    assert epoch.name == "step=4.ckpt"
+    if strategy == "accel_ddp":  # rank 0 has everything: if it learns of the exception, it saves
+        assert [path.name for path in more] in ([], ["step=6.ckpt"])
+    else:
+        assert more == []
+    for path in (epoch, *more):
+        saved = torch.load(path, weights_only=True)
+        assert saved["global_step"] == int(path.stem.removeprefix("step="))
+        assert all(value.isfinite().all() for value in saved["state_dict"].values())
+
+
 @pytest.mark.parametrize("rank", [pytest.param(0, marks=pytest.mark.matrix), 1])
 def test_killed_rank_ends_the_run(rank: int, start_s: float) -> None:
     begin = time.monotonic()

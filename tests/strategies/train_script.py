@@ -8,12 +8,14 @@ from __future__ import annotations
 import argparse
 import os
 import signal
+import time
 from pathlib import Path
 from typing import Any
 
 import lightning.pytorch as pl
 import torch
 from lightning.fabric import Fabric
+from lightning.pytorch.callbacks import ModelCheckpoint
 from models import Data, Net, Regression, loader, trainer, values
 from torch import Tensor
 
@@ -21,14 +23,15 @@ from torch import Tensor
 class Failing(Regression):
     """Raises, or is killed, in the middle of training."""
 
-    def __init__(self, rank: int, how: str) -> None:
+    def __init__(self, rank: int, how: str, at: int = 2) -> None:
         super().__init__()
-        self.rank, self.how = rank, how
+        self.rank, self.how, self.at = rank, how, at
 
     def training_step(self, batch: Any, batch_idx: int) -> Tensor:
-        if self.global_rank == self.rank and self.trainer.global_step == 2:
+        if self.global_rank == self.rank and self.trainer.global_step == self.at:
             if self.how == "killed":
                 os.kill(os.getpid(), signal.SIGKILL)
+            print(f"failing at {time.time()}", flush=True)
             raise LookupError(f"no more luck on rank {self.rank}")
         return super().training_step(batch, batch_idx)
 
@@ -56,6 +59,7 @@ def main() -> None:
     parser.add_argument("--strategy", required=True)
     parser.add_argument("--marker", required=True)
     parser.add_argument("--fail", nargs=2, metavar=("RANK", "HOW"))
+    parser.add_argument("--keep", type=Path, help="save checkpoints here: every epoch, and after an exception")
     parser.add_argument("--different", action="store_true")
     parser.add_argument("--fabric", action="store_true")
     parser.add_argument("--save", type=Path)
@@ -65,10 +69,13 @@ def main() -> None:
         return
     module: pl.LightningModule = Regression()
     if arguments.fail:
-        module = Failing(int(arguments.fail[0]), arguments.fail[1])
+        module = Failing(int(arguments.fail[0]), arguments.fail[1], at=6 if arguments.keep else 2)
     if arguments.different:
         module = Different()
     used = trainer(arguments.strategy)
+    if arguments.keep:
+        save = ModelCheckpoint(arguments.keep, filename="{step}", save_top_k=-1, save_on_exception=True)
+        used = trainer(arguments.strategy, max_epochs=3, callbacks=[save], enable_checkpointing=True)
     used.fit(module, datamodule=Data())
     metrics = {name: value.item() for name, value in used.callback_metrics.items()}
     if used.is_global_zero and arguments.save:
