@@ -18,8 +18,8 @@ class Dtypes:
     """
 
     param: torch.dtype | None = None
-    """What forward and backward see of parameters of wider dtypes, and what is gathered. The optimizer updates values
-    of the dtype they came with."""
+    """What forward and backward see of parameters that are twice as wide (fp32 for 16 bits), and what is gathered. The
+    optimizer updates values of the dtype they came with."""
     reduce: torch.dtype | None = None
     """What gradients travel in, where every backward reduces; by default what they are computed in. They are added up,
     over ranks and micro-batches, in the dtype of what they update."""
@@ -51,4 +51,5 @@ class Dtypes:
         """What the model computes with instead of parameters of a dtype and number of dimensions."""
         if self.param is None or not dtype.is_floating_point or dim < 2:
             return dtype
-        return self.param if self.param.itemsize < dtype.itemsize else dtype
+        # As autocast does: it takes a model of doubles to want them.
+        return self.param if 2 * self.param.itemsize == dtype.itemsize else dtype

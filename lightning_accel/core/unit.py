@@ -386,7 +386,7 @@ class Unit:
                 out = self._sum = torch.empty_like(self.rest)
             self._reduction = self._mesh.shard.reduce_scatter(self.grad, self.layout, out)
             if self._scale_of_sum != 1.0:
-                self._reduction = Pending([self._reduction], partial(out.mul_, self._scale_of_sum))
+                self._reduction = Pending([self._reduction], partial(_scale, out, self._scale_of_sum))
             if self._mesh.replicate is not None:
                 self._reduce_across(boundary)
 
@@ -513,6 +513,10 @@ class Unit:
         assert self.rest is not None
         first, _ = self.part
         return self.rest[start - first : stop - first]
+
+
+def _scale(tensor: Tensor, factor: float) -> None:
+    tensor.mul_(factor)
 
 
 def _zeroing(unit: Unit, position: int) -> Callable[[], None]:
