@@ -23,6 +23,7 @@ from torch.optim import Optimizer
 from typing_extensions import override
 
 from lightning_accel.core import Engine, GradScaler, Rest
+from lightning_accel.core.dtypes import Dtypes
 from lightning_accel.core.materialise import InitFn
 from lightning_accel.core.offload import OffloadKind, require_offload
 from lightning_accel.core.partition import Units
@@ -99,6 +100,11 @@ class AccelFabricStrategy(DDPStrategy):
             ``preserve_rng_state``, ``context_fn`` (for a selective policy) or ``use_reentrant`` (default: False).
         grad_scaler: Scales losses under ``precision="16-mixed"``, instead of one with torch's defaults; under
             ``"bf16-mixed"`` it skips steps whose gradients are not finite (``GradScaler("static", init_scale=1.0)``).
+        param_dtype: What forward and backward compute with instead of wider parameters of two or more dimensions, and
+            what is gathered, while the optimizer updates the values as they came; for rows that shard optimizer state.
+            By default fp16 or bf16 under mixed precision; ``torch.float32`` leaves rounding to autocast.
+        reduce_dtype: What gradients travel in, for rows that reduce in every backward; by default what they are
+            computed in.
         process_group_backend: ``"gloo"``, ``"nccl"``, …; by default what suits the device.
         timeout: Longest wait for a collective.
         start_method: How the ranks of this node are started: ``"popen"``, ``"spawn"`` or ``"fork"``.
@@ -123,6 +129,8 @@ class AccelFabricStrategy(DDPStrategy):
         activation_checkpointing: Recomputed = False,
         activation_checkpointing_options: Mapping[str, Any] | None = None,
         grad_scaler: GradScaler | None = None,
+        param_dtype: torch.dtype | None = None,
+        reduce_dtype: torch.dtype | None = None,
         process_group_backend: str | None = None,
         timeout: timedelta | None = default_pg_timeout,
         start_method: Literal["popen", "spawn", "fork"] = "popen",
@@ -143,6 +151,7 @@ class AccelFabricStrategy(DDPStrategy):
             start_method=start_method,
         )
         require_offload(offload, row)
+        Dtypes.checked(param_dtype, reduce_dtype, row)
         self.row = row
         self._options = EngineOptions(
             units=units,
@@ -153,6 +162,8 @@ class AccelFabricStrategy(DDPStrategy):
             param_init_fn=param_init_fn,
             offload=offload,
             offload_dir=offload_dir,
+            param_dtype=param_dtype,
+            reduce_dtype=reduce_dtype,
         )
         self._backward_sync_control = _EngineSyncControl()
         self._engines: list[weakref.ref[Engine]] = []
@@ -211,7 +222,7 @@ class AccelFabricStrategy(DDPStrategy):
         """Start an engine for a module. All ranks take part."""
         if self.row.gradients is Rest.SHARDED:
             require_known_scaler(self.precision, self.row.name)
-        engine = self._options.start(module, self.row, self.root_device)
+        engine = self._options.start(module, self.row, self.root_device, self.precision)
         self._engines.append(weakref.ref(engine))
         return EngineModule(module, engine)
 

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any, TypeAlias
 
 import torch
+from lightning.fabric.plugins.precision import Precision
 from torch import Tensor, nn
 
 from lightning_accel.core import Engine
@@ -18,6 +19,7 @@ from lightning_accel.core.offload import OffloadKind
 from lightning_accel.core.partition import Units, find_blocks, find_modules
 from lightning_accel.core.placement import Row
 from lightning_accel.core.recompute import recompute, require_options
+from lightning_accel.plugins.precision import computes_with
 
 Recomputed: TypeAlias = bool | Collection[str | type[nn.Module]]
 """What users may say about activation checkpointing: for all blocks, for none, or for which modules."""
@@ -64,6 +66,10 @@ class EngineOptions:
     """What is kept in host memory: ``"optimizer"`` state, or ``"parameters"`` as well."""
     offload_dir: str | Path | None = None
     """A folder for files that optimizer state is kept in."""
+    param_dtype: torch.dtype | None = None
+    """What the model computes with instead of wider parameters, and what is gathered."""
+    reduce_dtype: torch.dtype | None = None
+    """What gradients travel in."""
 
     def __post_init__(self) -> None:
         if not self.bucket_cap_mb > 0:
@@ -88,8 +94,14 @@ class EngineOptions:
                 " are wrong. Use 'aot_eager' to debug."
             )
 
-    def start(self, module: nn.Module, row: Row, device: torch.device) -> Engine:
+    def start(self, module: nn.Module, row: Row, device: torch.device, precision: Precision) -> Engine:
         """An engine for a module on its device, or on the meta device. All ranks take part.
+
+        Args:
+            module: The module.
+            row: The placement row.
+            device: Where it lives.
+            precision: The plugin, which says what to compute with if nothing else does.
 
         Raises:
             ValueError: If a unit or a module to recompute does not exist.
@@ -106,6 +118,8 @@ class EngineOptions:
             device=device,
             offload=self.offload,
             offload_dir=self.offload_dir,
+            param_dtype=self.param_dtype or computes_with(precision, row),
+            reduce_dtype=self.reduce_dtype,
         )
         engine.at_close.callback(recompute(recomputed.values(), self.activation_checkpointing_options))
         if self.compile is not False:

@@ -28,6 +28,7 @@ from typing_extensions import override
 
 from lightning_accel.core import Engine, GradScaler, Rest
 from lightning_accel.core.agreement import synchronise
+from lightning_accel.core.dtypes import Dtypes
 from lightning_accel.core.materialise import InitFn, has_meta
 from lightning_accel.core.offload import OffloadKind, require_offload
 from lightning_accel.core.partition import Units
@@ -83,6 +84,11 @@ class AccelStrategy(DDPStrategy):
             ``preserve_rng_state``, ``context_fn`` (for a selective policy) or ``use_reentrant`` (default: False).
         grad_scaler: Scales losses under ``precision="16-mixed"``, instead of one with torch's defaults; under
             ``"bf16-mixed"`` it skips steps whose gradients are not finite (``GradScaler("static", init_scale=1.0)``).
+        param_dtype: What forward and backward compute with instead of wider parameters of two or more dimensions, and
+            what is gathered, while the optimizer updates the values as they came; for rows that shard optimizer state.
+            By default fp16 or bf16 under mixed precision; ``torch.float32`` leaves rounding to autocast.
+        reduce_dtype: What gradients travel in, for rows that reduce in every backward; by default what they are
+            computed in.
         process_group_backend: ``"gloo"``, ``"nccl"``, …; by default what suits the device.
         timeout: Longest wait for a collective.
         start_method: How the ranks of this node are started: ``"popen"``, ``"spawn"`` or ``"fork"``.
@@ -115,6 +121,8 @@ class AccelStrategy(DDPStrategy):
         activation_checkpointing: Recomputed = False,
         activation_checkpointing_options: Mapping[str, Any] | None = None,
         grad_scaler: GradScaler | None = None,
+        param_dtype: torch.dtype | None = None,
+        reduce_dtype: torch.dtype | None = None,
         process_group_backend: str | None = None,
         timeout: timedelta | None = default_pg_timeout,
         start_method: Literal["popen", "spawn", "fork"] = "popen",
@@ -137,6 +145,7 @@ class AccelStrategy(DDPStrategy):
             start_method=start_method,
         )
         require_offload(offload, row)
+        Dtypes.checked(param_dtype, reduce_dtype, row)
         self.row = row
         self._options = EngineOptions(
             units=units,
@@ -147,6 +156,8 @@ class AccelStrategy(DDPStrategy):
             param_init_fn=param_init_fn,
             offload=offload,
             offload_dir=offload_dir,
+            param_dtype=param_dtype,
+            reduce_dtype=reduce_dtype,
         )
         self.engine = None
         self._failed = False
@@ -233,7 +244,7 @@ class AccelStrategy(DDPStrategy):
             if self.row.gradients is Rest.SHARDED:
                 require_known_scaler(self.precision_plugin, self.row.name)
             if self.engine is None:
-                self.engine = self._options.start(self.model, self.row, self.root_device)
+                self.engine = self._options.start(self.model, self.row, self.root_device, self.precision_plugin)
             self._step_was_skipped = False
             self._at_teardown.callback(hold_schedules(trainer, lambda: self._step_was_skipped))
             self.setup_optimizers(trainer)
@@ -245,7 +256,7 @@ class AccelStrategy(DDPStrategy):
         elif self.engine is not None:
             self.engine.build()
         elif self.row.parameters is Rest.SHARDED or has_meta(self.model):
-            self.engine = self._options.start(self.model, self.row, self.root_device)
+            self.engine = self._options.start(self.model, self.row, self.root_device, self.precision_plugin)
             self.engine.build()
         else:
             synchronise(self.model)

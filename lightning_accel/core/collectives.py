@@ -143,7 +143,8 @@ class Collectives(ABC):
         Args:
             buffer: This rank's contribution, 1-D, ``layout.total`` elements. Its other parts stay as they are.
             layout: How the ranks divide the buffer.
-            out: As many elements as this rank's part.
+            out: As many elements as this rank's part. It may be of a wider dtype: the ranks' contributions are added
+                up in it.
 
         """
 
@@ -329,7 +330,7 @@ class GlooCollectives(Collectives):
                 if out.data_ptr() != own.data_ptr():
                     out.copy_(own)
             else:
-                torch.add(own, received[0], out=out)
+                add_first(own, received[0], out)
                 for other in received[1:]:
                     out.add_(other)
             self._scratch.append(scratch)
@@ -410,9 +411,10 @@ class TorchCollectives(Collectives):
     @override
     def reduce_scatter(self, buffer: Tensor, layout: Layout, out: Tensor) -> Pending:
         self.traffic.add("reduce_scatter", sent_scattering(buffer, layout, self.rank))
-        if layout.is_even:
+        if layout.is_even and out.dtype == buffer.dtype:
             return Pending([_reduce_scatter_single(_real(out), _real(buffer), group=self.group, async_op=True)])
-        # Parts of different sizes: every part to its rank, then a local sum. Any back end can do that.
+        # Every part to its rank, then a local sum: any back end can do that with parts of different sizes, and it adds
+        # up in any dtype.
         start, stop = layout.part(self.rank)
         received = buffer.new_empty((self.ranks, stop - start))
         work = dist.all_to_all_single(
@@ -425,7 +427,7 @@ class TorchCollectives(Collectives):
         )
 
         def add_up() -> None:
-            torch.sum(received, 0, out=out)
+            torch.sum(received, 0, dtype=out.dtype, out=out)
 
         return Pending([work], add_up)
 
@@ -518,6 +520,14 @@ def timeout_of(group: dist.ProcessGroup | None, device: torch.device) -> timedel
 def nbytes(tensor: Tensor) -> int:
     """Size of a tensor's elements in bytes."""
     return tensor.numel() * tensor.element_size()
+
+
+def add_first(own: Tensor, other: Tensor, out: Tensor) -> None:
+    """``out = own + other``, added up in the dtype of ``out``."""
+    if out.dtype == own.dtype:
+        torch.add(own, other, out=out)
+    else:
+        out.copy_(own).add_(other)
 
 
 def _real(tensor: Tensor) -> Tensor:

@@ -40,6 +40,7 @@ from lightning_accel.core.collectives import (
     GlooCollectives,
     Pending,
     Published,
+    add_first,
     nbytes,
     sent_gathering,
     sent_reducing,
@@ -218,7 +219,10 @@ class DirectCollectives(GlooCollectives):
             other, first = scratch[: end - begin], True
             for peer, address in addresses.items():
                 read_memory(self._neighbours.pids[peer], address + (start + begin) * size, other)
-                torch.add((own if first else out)[begin:end], other, out=out[begin:end])
+                if first:
+                    add_first(own[begin:end], other, out[begin:end])
+                else:
+                    out[begin:end].add_(other)
                 first = False
         self._scratch.append(scratch)
 

@@ -30,6 +30,7 @@ from lightning_accel.core.agreement import BufferVersions, synchronise
 from lightning_accel.core.arrivals import Arrivals
 from lightning_accel.core.clipping import clip_grad_norm, clip_grad_value, grad_norm
 from lightning_accel.core.collectives import Collectives
+from lightning_accel.core.dtypes import Dtypes
 from lightning_accel.core.materialise import InitFn, Materialiser, has_meta
 from lightning_accel.core.memory import keep_freed_memory
 from lightning_accel.core.mesh import Mesh, ranks_of_node
@@ -41,7 +42,7 @@ from lightning_accel.core.pool import BufferPool
 from lightning_accel.core.reduction import Reduction
 from lightning_accel.core.registry import engines_of, register
 from lightning_accel.core.report import Report, StepCounts, measure
-from lightning_accel.core.residency import Residency
+from lightning_accel.core.residency import Hook, Residency
 from lightning_accel.core.roster import Roster
 from lightning_accel.core.structure import Structure, is_compiled
 from lightning_accel.core.unit import Unit
@@ -66,6 +67,11 @@ class Engine:
         offload: ``"optimizer"``: optimizer state is kept in host memory and the step runs there. ``"parameters"``: this
             rank's part of the parameters as well.
         offload_dir: A folder for files that optimizer state is kept in, instead of memory.
+        param_dtype: What forward and backward compute with instead of parameters of a wider dtype and two or more
+            dimensions, and what is gathered. The optimizer updates this rank's part in the dtype that parameters came
+            with. For rows that shard optimizer state. See core/dtypes.py.
+        reduce_dtype: What gradients travel in, for rows that reduce in every backward; by default what they are
+            computed in. They are added up in the dtype that parameters came with.
 
     Raises:
         ValueError: If the row or a unit does not exist, the ranks' models differ, ``shard_size`` does not divide the
@@ -98,6 +104,8 @@ class Engine:
         device: torch.device | None = None,
         offload: OffloadKind | None = None,
         offload_dir: str | os.PathLike[str] | None = None,
+        param_dtype: torch.dtype | None = None,
+        reduce_dtype: torch.dtype | None = None,
     ) -> None:
         if not bucket_cap_mb > 0:
             raise ValueError(f"Expected bucket_cap_mb to be positive, got {bucket_cap_mb}.")
@@ -106,6 +114,7 @@ class Engine:
             raise ValueError(f"Expected shard_size for hybrid rows only, got {shard_size} for row {self.row.name!r}.")
         self.offload = Offload.of(offload, offload_dir, self.row)
         """What is kept away from the device."""
+        dtypes = Dtypes.checked(param_dtype, reduce_dtype, self.row)
         self.module = module
         for former in engines_of(module):
             former.close()  # as when a cell of a notebook is run again
@@ -133,7 +142,7 @@ class Engine:
         self._pool = BufferPool(keeps=self.row.parameters is Rest.REPLICATED)
         cap_bytes = int(bucket_cap_mb * 2**20)
         on_host = self.offload.parameters
-        self._roster = Roster(self.row, self.blocks, cap_bytes, self.mesh, self._pool, on_host=on_host)
+        self._roster = Roster(self.row, self.blocks, cap_bytes, self.mesh, self._pool, on_host=on_host, dtypes=dtypes)
         self._residency = Residency(module, self.blocks, self.row, self.mesh.shard, self.before_forward)
         if materialiser is not None:
             self._roster.rebuild(self.names, [], materialiser.run)
@@ -150,6 +159,10 @@ class Engine:
         self.backwards = 0
         """How many backwards there were."""
         self._watchers: list[weakref.WeakMethod[Callable[[], None]]] = []  # told of new layouts
+        if dtypes.param is not None and not self._residency.is_active:
+            # What the first forward computes with must be rounded already, even if nobody has announced it.
+            hook = module.register_forward_pre_hook(Hook(partial(_before_forward, weakref.ref(self))), prepend=True)
+            self.at_close.callback(hook.remove)
         register(self)
 
     # ------------------------------------------------------------------ set-up
@@ -478,6 +491,8 @@ class Engine:
     def before_update(self) -> None:
         """Called by optimizers before they change this rank's parts."""
         self._residency.before_update()
+        for unit in self.units:
+            unit.memory.before_update()
 
     def after_step(self, optimizer: EngineOptimizer) -> None:
         """Called by optimizers after the update: start to gather what other ranks have updated."""
@@ -491,10 +506,12 @@ class Engine:
 
     def _announce(self, units: Sequence[Unit]) -> None:
         """Let the other ranks have what this one has changed in its parts of some units."""
+        for unit in units:
+            unit.memory.after_update()
         if self.row.parameters is Rest.SHARDED:
             self._residency.after_update()
         elif self.row.optimizer_state is Rest.SHARDED:
-            self._arrivals.start(units)
+            self._arrivals.start(unit for unit in units if not unit.memory.shows_master)
             if self.is_compiled or is_compiled(self.module):
                 self.wait()  # compiled code sees no classes, and would be compiled again if they differed
 
@@ -605,3 +622,9 @@ def _gradient_arrived(engine: weakref.ref[Engine], parameter: nn.Parameter) -> N
             " engine, an optimizer that was given to it, or what fabric.setup returned."
         )
     found._on_gradient(parameter)
+
+
+def _before_forward(reference: weakref.ref[Engine], *_: Any) -> None:
+    engine = reference()
+    if engine is not None:
+        engine.before_forward()

@@ -8,6 +8,13 @@
 
 Every parameter's data is a view of ``buffer`` at all times. Freeing and filling the buffer changes its storage in place
 (``resize_``), so that the views, and the tensors that autograd saved for backward, stay what they are.
+
+[Note: master values]
+Where the model computes in another dtype than the one it came with, ``buffer`` is of that dtype, and so is what is
+gathered. ``mine`` is memory of its own in every row then and keeps the dtype that the model came with: these are the
+master values. The optimizer updates them, and ``after_update`` rounds them to this rank's part of what is computed
+with. Whoever asks for whole parameters between steps (checkpoints do) is shown master values. (Micikevicius et al.,
+"Mixed Precision Training", 2018.)
 """
 
 from __future__ import annotations
@@ -61,6 +68,7 @@ class ParameterMemory:
         collectives: Gathers them.
         gauge: Told about memory of parameters that rest sharded.
         on_host: Keep this rank's part of parameters that rest sharded in host memory.
+        dtype: What the model computes with, if not the parameters' own. See [Note: master values].
 
     """
 
@@ -73,8 +81,15 @@ class ParameterMemory:
         collectives: Collectives,
         gauge: Gauge,
         on_host: bool = False,
+        dtype: torch.dtype | None = None,
     ) -> None:
         self._on_host = on_host
+        self.master_dtype = parameters[0].dtype
+        """Of what the optimizer updates."""
+        self.dtype = dtype or self.master_dtype
+        """Of what the model computes with."""
+        self.has_master = self.dtype != self.master_dtype
+        """Whether the two differ."""
         self.parameters = list(parameters)
         self.names = list(names)
         self.layout = layout
@@ -92,8 +107,14 @@ class ParameterMemory:
         """The slots of the buffer, shaped as the parameters are."""
         self.mine: Tensor
         """This rank's part: what its optimizer updates."""
+        self.shared: Tensor
+        """This rank's part of what the model computes with: the same memory, unless there are master values."""
         self.source: Published
         """The same, as the other ranks know it; set once it is published."""
+        self._rounded: tuple[Tensor, list[Tensor]] | None = None  # while master values are shown: what is not
+        self._shown = 0  # by how many they are
+        self._written = 0  # by how many of those who want their changes to be kept
+        self._stepped = False  # whether they were updated meanwhile
         self.is_open = False
         """Whether there is a buffer. (Parameters without values get theirs later: see core/materialise.py.)"""
         if not any(parameter.is_meta for parameter in self.parameters):
@@ -101,17 +122,13 @@ class ParameterMemory:
             self.seal()
         elif self.is_sharded:
             # Before any buffer that comes and goes, so that those use the same memory one after the other.
-            self.mine = self._new_part()
+            self.mine = self._new_part(self.master_dtype)
 
     def open(self) -> None:
         """Give the parameters their places in the buffer, and those that have values keep them there."""
         assert not self.is_open
         self.is_open = True
-        first, device = self.parameters[0], self._collectives.device
-        if self.is_sharded:  # memory that can be freed and filled again
-            self.buffer = torch.zeros(self.layout.total, dtype=first.dtype, device=device)
-        else:
-            self.buffer = zeros(self.layout.total, first.dtype, device)
+        self.buffer = self._new_buffer(self.master_dtype)
         self._bytes = self.buffer.untyped_storage().nbytes()
         if self.is_sharded:
             self._gauge.change(self._bytes)
@@ -127,17 +144,46 @@ class ParameterMemory:
     def seal(self) -> None:
         """All parameters have their values: keep this rank's part where they rest sharded, and free the rest."""
         part = self.buffer[slice(*self.part)]
-        if not self.is_sharded:
-            self.mine = part
+        if not self.is_sharded and not self.has_master:
+            self.mine = self.shared = part
             return
         if not hasattr(self, "mine"):
-            self.mine = self._new_part()
+            self.mine = self._new_part(self.master_dtype)
         self.mine.copy_(part)
-        self.free()
+        self.shared = self.mine
+        if self.has_master:
+            self._round()
+        if self.is_sharded:
+            self.free()
 
-    def _new_part(self) -> Tensor:
+    def _round(self) -> None:
+        """Have a buffer of what the model computes with."""
+        rounded = self._new_buffer(self.dtype)
+        rounded.copy_(self.buffer)
+        before, self._bytes = self._bytes, rounded.untyped_storage().nbytes()
+        if self.is_sharded:
+            self._gauge.change(self._bytes - before)
+        self._look_at(rounded, [self.view(rounded, position) for position in range(len(self.parameters))])
+        if self.is_sharded:
+            self.shared = self._new_part(self.dtype)
+            self.shared.copy_(self.mine)
+        else:
+            self.shared = self.buffer[slice(*self.part)]
+
+    def _look_at(self, buffer: Tensor, views: list[Tensor]) -> None:
+        self.buffer, self.views = buffer, views
+        for parameter, view in zip(self.parameters, views, strict=True):
+            parameter.data = view
+
+    def _new_buffer(self, dtype: torch.dtype) -> Tensor:
+        device = self._collectives.device
+        if self.is_sharded:  # memory that can be freed and filled again
+            return torch.zeros(self.layout.total, dtype=dtype, device=device)
+        return zeros(self.layout.total, dtype, device)
+
+    def _new_part(self, dtype: torch.dtype) -> Tensor:
         start, stop = self.part
-        dtype, device = self.parameters[0].dtype, self._collectives.device
+        device = self._collectives.device
         if self._on_host and device.type != "cpu":
             return host_memory(stop - start, dtype)
         return torch.empty(stop - start, dtype=dtype, device=device)
@@ -151,8 +197,8 @@ class ParameterMemory:
 
     @property
     def resting(self) -> Tensor:
-        """What is kept between steps."""
-        return self.mine if self.is_sharded else self.buffer
+        """What is kept between steps of what the model computes with."""
+        return self.shared if self.is_sharded else self.buffer
 
     def view(self, buffer: Tensor, position: int) -> Tensor:
         """The slot of the parameter at ``position``, shaped and strided as the parameter is."""
@@ -165,6 +211,76 @@ class ParameterMemory:
         """The values of a range of the buffer that lies in this rank's part, as a 1-D view."""
         first, _ = self.part
         return self.mine[start - first : stop - first]
+
+    # ------------------------------------------------------------ master values
+
+    def before_update(self) -> None:
+        """Call before ``mine`` is updated: the update starts from master values that were changed to be kept."""
+        if self._written:
+            self.mine.copy_(self.buffer[slice(*self.part)])
+
+    def after_update(self) -> None:
+        """Call when ``mine`` has changed: round it to this rank's part of what the model computes with.
+
+        Where master values are shown, all ranks call it together.
+        """
+        if not self.has_master:
+            return
+        self.shared.copy_(self.mine)
+        if self.shows_master:
+            self._gather_master()
+            self._stepped = True
+
+    @property
+    def shows_master(self) -> bool:
+        """Whether the parameters show their master values just now."""
+        return self._rounded is not None
+
+    @torch.no_grad()
+    def show_master(self, *, writeback: bool) -> None:
+        """Have all parameters show their master values. All ranks take part.
+
+        Args:
+            writeback: Keep changes that are made to them, the same ones on every rank.
+
+        """
+        self._shown += 1
+        self._written += writeback
+        if self._shown > 1:
+            return
+        self.wait()
+        if self.presence is Presence.AWAY:
+            for parameter in self.parameters:
+                arrive(parameter)
+        self._rounded = self.buffer, self.views
+        whole = torch.zeros(self.layout.total, dtype=self.master_dtype, device=self._collectives.device)
+        self._look_at(whole, [self.view(whole, position) for position in range(len(self.parameters))])
+        self._gather_master()
+
+    def _gather_master(self) -> None:
+        self.buffer[slice(*self.part)].copy_(self.mine)
+        self._collectives.all_gather(self.buffer, self.layout).wait()
+
+    @torch.no_grad()
+    def hide_master(self, *, writeback: bool) -> None:
+        """End what ``show_master`` began, with the same argument."""
+        if writeback:
+            self.mine.copy_(self.buffer[slice(*self.part)])
+        self._shown -= 1
+        self._written -= writeback
+        if self._shown:
+            return
+        assert self._rounded is not None
+        whole = self.buffer
+        self._look_at(*self._rounded)
+        self._rounded = None
+        self.shared.copy_(self.mine)
+        if self.presence is Presence.AWAY:
+            for parameter, name in zip(self.parameters, self.names, strict=True):
+                depart(parameter, name)
+        elif writeback or self._stepped:
+            self.buffer.copy_(whole)
+        self._stepped = False
 
     # ------------------------------------------------------- sharded parameters
 
@@ -219,20 +335,25 @@ class ParameterMemory:
                     arrive(parameter)
             for parameter in self.parameters:
                 parameter.data = (
-                    torch.full((), torch.nan, device=parameter.device).to(parameter.dtype).expand(parameter.shape)
+                    torch.full((), torch.nan, device=parameter.device).to(self.master_dtype).expand(parameter.shape)
                 )
             return
-        self.fetch()
-        self.wait()
+        if self.has_master and not abandon:
+            self.show_master(writeback=False)
+        else:
+            self.fetch()
+            self.wait()
         with torch.no_grad():
             for parameter, strides in zip(self.parameters, self.strides, strict=True):
                 parameter.data = torch.empty_strided(
-                    parameter.shape, strides, dtype=parameter.dtype, device=parameter.device
+                    parameter.shape, strides, dtype=self.master_dtype, device=parameter.device
                 ).copy_(parameter)
         if self.is_sharded:  # one unit's at a time
             self.buffer = self.buffer.new_empty(0)
             self.views = []
-            self._gauge.change(-self._bytes)
+            if not self.has_master or self.presence is Presence.HERE:
+                self._gauge.change(-self._bytes)
+        self._rounded = None
 
 
 def give_memory(tensor: Tensor, memory: Tensor) -> None:

@@ -27,8 +27,10 @@ class Report:
     shard_size: int
     """How many ranks divide the model state: all but for hybrid rows."""
     at_rest: dict[str, int]
-    """Bytes kept between steps: ``parameters``, ``gradients``, ``optimizer_state`` (of trainable parameters, padding
-    included), ``frozen_parameters``, ``buffers``; with ``offload_dir`` ``optimizer_state_in_files``, not in memory."""
+    """Bytes kept between steps: ``parameters`` (what the model computes with), in mixed precision also
+    ``master_parameters`` (what the optimizer updates), ``gradients``, ``optimizer_state`` (of trainable parameters,
+    padding included), ``frozen_parameters``, ``buffers``; with ``offload_dir`` ``optimizer_state_in_files``, which are
+    not in memory."""
     padding: dict[str, int]
     """Of those, bytes that belong to no parameter: ``parameters``, ``gradients``."""
     transient: int
@@ -100,6 +102,7 @@ def measure(engine: Engine, counts: StepCounts, transient: int, gathered: int) -
     gradients = [unit.grad if unit.grad is not None else unit.rest for unit in engine.units]
     ours = {p for unit in engine.units for p in unit.parameters}
     state = [value for o in engine.optimizers for values in o.optimizer.state.values() for value in _tensors(values)]
+    masters = _bytes([unit.memory.mine for unit in engine.units if unit.memory.has_master])
     in_files = _bytes([value for value in state if is_in_file(value)])
     return Report(
         row=engine.row.name,
@@ -108,6 +111,7 @@ def measure(engine: Engine, counts: StepCounts, transient: int, gathered: int) -
         shard_size=engine.mesh.shard.ranks,
         at_rest={
             "parameters": _bytes([unit.memory.resting for unit in trained]),
+            **({"master_parameters": masters} if masters else {}),
             "gradients": _bytes([g for g in gradients if g is not None]),
             "optimizer_state": _bytes([value for value in state if not is_in_file(value)]),
             **({"optimizer_state_in_files": in_files} if in_files else {}),
@@ -117,7 +121,7 @@ def measure(engine: Engine, counts: StepCounts, transient: int, gathered: int) -
         padding={
             "parameters": sum(_padding(unit, unit.memory.is_sharded) * unit.flat.element_size() for unit in trained),
             "gradients": sum(
-                unit.gradient_padding * unit.flat.element_size()
+                unit.gradient_padding * gradient.element_size()
                 for unit, gradient in zip(engine.units, gradients, strict=True)
                 if gradient is not None
             ),

@@ -40,7 +40,7 @@ from lightning_accel.core.placement import Rest, Row
 from lightning_accel.core.unit import Unit
 
 
-class _Hook:
+class Hook:
     """A hook on a module.
 
     Copies and pickles of the module take its hooks along. Of this one they get a function of Python's own that does
@@ -112,11 +112,11 @@ class Residency:
         self._hooks: list[Any] = []
         if self.is_active:
             for block in blocks.values():
-                self._hooks.append(block.register_forward_pre_hook(_Hook(self._enter), prepend=True, with_kwargs=True))
-                self._hooks.append(block.register_forward_hook(_Hook(self._leave)))
+                self._hooks.append(block.register_forward_pre_hook(Hook(self._enter), prepend=True, with_kwargs=True))
+                self._hooks.append(block.register_forward_hook(Hook(self._leave)))
             # Registered later, so run earlier: a root that is a block itself must find the rest there.
-            self._hooks.append(module.register_forward_pre_hook(_Hook(self._enter_module), prepend=True))
-            self._hooks.append(module.register_forward_hook(_Hook(self._leave_module), always_call=True))
+            self._hooks.append(module.register_forward_pre_hook(Hook(self._enter_module), prepend=True))
+            self._hooks.append(module.register_forward_hook(Hook(self._leave_module), always_call=True))
 
     def attach(self, units: Sequence[Unit]) -> None:
         """Take over the units of a new layout; all of them are away."""
@@ -289,13 +289,17 @@ class Residency:
                 "Expected full_parameters() to be used between steps, got it within the model's forward or backward:"
                 " parameters are gathered and freed there as they are needed."
             )
-        before = [unit for unit in units if unit.memory.presence is not Presence.AWAY]
         if self.is_active:
             self._lockstep.enter("full_parameters()")
+        masters = [unit for unit in units if unit.memory.has_master]
+        units = [unit for unit in units if not unit.memory.has_master]
+        before = [unit for unit in units if unit.memory.presence is not Presence.AWAY]
         written = units if writeback and self.is_active else ()
         self._have(units)
         self._held.update(units)
         self._written.update(written)
+        for unit in masters:
+            unit.memory.show_master(writeback=writeback)
         try:
             yield
         finally:
@@ -303,11 +307,16 @@ class Residency:
             self._written.subtract(written)
             # A count of zero would keep the unit, and its memory.
             self._held, self._written = +self._held, +self._written
-            if written:
+            if writeback and self.is_active:
                 doing = "the end of full_parameters(writeback=True)"
                 self._lockstep.enter(doing)
-                # If a step failed they are not there.
-                self._store([unit for unit in units if unit.memory.presence is Presence.HERE], doing)
+                self._collectives.fence(doing).wait()
+                for unit in units:
+                    if unit.memory.presence is Presence.HERE:  # not if a step failed
+                        unit.memory.store()
+            for unit in masters:
+                unit.memory.hide_master(writeback=writeback)
+            if writeback and self.is_active:
                 self._collectives.fence("the end of writing values back")
             brought = [unit for unit in units if unit not in before]
             if not (self._depth and torch.is_grad_enabled()):  # else the backward to come may need them

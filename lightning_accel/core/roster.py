@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 
 from lightning_accel.core.agreement import require_same
+from lightning_accel.core.dtypes import Dtypes
 from lightning_accel.core.layout import Layout, balance, even_layout, owned_layout
 from lightning_accel.core.mesh import Mesh
 from lightning_accel.core.parameter_memory import Gauge
@@ -33,6 +34,7 @@ class Roster:
         mesh: The ranks.
         pool: Lends gradient buffers.
         on_host: Keep this rank's part of parameters that rest sharded in host memory.
+        dtypes: What the model computes with and what gradients travel in.
 
     """
 
@@ -44,9 +46,12 @@ class Roster:
         mesh: Mesh,
         pool: BufferPool,
         *,
+        dtypes: Dtypes,
         on_host: bool = False,
     ) -> None:
         self._on_host = on_host
+        self._dtypes = dtypes
+        self._masters: dict[nn.Parameter, torch.dtype] = {}  # the dtypes that parameters came with
         self._row = row
         self._blocks = blocks
         self._cap_bytes = cap_bytes
@@ -103,9 +108,11 @@ class Roster:
         groups: list[tuple[Group, EngineOptimizer | None, list[NamedParameter]]] = []
         join = self._row.parameters is Rest.REPLICATED  # what is joined must be gathered together
         for group in partition(free, self._blocks, self._cap_bytes, join_blocks=join):
-            kinds: dict[tuple[torch.dtype, EngineOptimizer | None, bool], list[NamedParameter]] = {}
+            kinds: dict[tuple[Any, EngineOptimizer | None, bool], list[NamedParameter]] = {}
             for named in group.members:
-                key = (named.parameter.dtype, holder.get(named.parameter), named.parameter.requires_grad)
+                came_as = self._masters.setdefault(named.parameter, named.parameter.dtype)
+                computes = self._dtypes.of(came_as, named.parameter.dim())
+                key = ((came_as, computes), holder.get(named.parameter), named.parameter.requires_grad)
                 kinds.setdefault(key, []).append(named)
             groups += [(group, owner, kind) for (_, owner, _), kind in kinds.items()]
         owners = self._share_out(groups)
@@ -132,7 +139,7 @@ class Roster:
         self.views = {p: unit.memory.views[i] for p, (unit, i) in self.places.items()}
         self.frozen = [parameter for parameter in names if not parameter.requires_grad]
         if built and built[0].memory.is_sharded:
-            published = self._mesh.shard.publish([unit.memory.mine for unit in built])
+            published = self._mesh.shard.publish([unit.memory.shared for unit in built])
             for unit, source in zip(built, published, strict=True):
                 unit.memory.source = source
 
@@ -171,6 +178,8 @@ class Roster:
             self.gauge,
             block,
             on_host=self._on_host,
+            dtype=self._dtypes.of(self._masters[parameters[0]], parameters[0].dim()),
+            reduce_dtype=self._dtypes.reduce,
         )
 
     def _dissolve(self, unit: Unit) -> None:

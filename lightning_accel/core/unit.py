@@ -26,6 +26,7 @@ import time
 import weakref
 from collections.abc import Callable, Sequence
 from enum import Enum, auto
+from functools import partial
 
 import torch
 from torch import Tensor, nn
@@ -48,7 +49,7 @@ class Content(Enum):
     NONE = auto()
     """Nothing: ``parameter.grad`` is None."""
     LOCAL = auto()
-    """This rank's contributions, times 1/N, not yet added to the others'."""
+    """This rank's contributions, times 1/N (in mixed precision not yet), not yet added to the others'."""
     REDUCED = auto()
     """The mean over ranks, in the place where the row lets it rest."""
 
@@ -78,6 +79,8 @@ class Unit:
         gauge: Told about memory of gathered parameters.
         block: The module that all of the parameters belong to; None if that is just the whole model.
         on_host: Keep this rank's part of parameters that rest sharded in host memory.
+        dtype: What the model computes with, if not the parameters' own.
+        reduce_dtype: What gradients travel in, where each backward reduces; by default what they are computed in.
 
     """
 
@@ -93,6 +96,8 @@ class Unit:
         gauge: Gauge,
         block: nn.Module | None = None,
         on_host: bool = False,
+        dtype: torch.dtype | None = None,
+        reduce_dtype: torch.dtype | None = None,
     ) -> None:
         self.name = name
         self.layout = layout
@@ -102,7 +107,6 @@ class Unit:
         self._row = row
         self._mesh = mesh
         self._pool = pool
-        self._scale = 1.0 / mesh.world.ranks
         self.content = [Content.NONE] * len(self.parameters)
         self.phase = Phase.FILLING
         self.arrivals = [0] * len(self.parameters)
@@ -115,7 +119,17 @@ class Unit:
         self._inside = False  # see [Note: one copy's sum]
         self.writes = 0
 
-        self.memory = ParameterMemory(self.parameters, self.names, layout, row, mesh.shard, gauge, on_host)
+        self.memory = ParameterMemory(self.parameters, self.names, layout, row, mesh.shard, gauge, on_host, dtype)
+        self._rest_dtype = self.memory.master_dtype
+        # To what arrives or, if that is not precise enough, to what was added up in a wider dtype.
+        self._scale, self._scale_of_sum = 1.0 / mesh.world.ranks, 1.0
+        if self.memory.has_master:
+            self._scale, self._scale_of_sum = self._scale_of_sum, self._scale
+        # What is added up over micro-batches is as precise as what it will update.
+        self._grad_dtype = self._rest_dtype
+        if row.accumulating is Rest.SHARDED:
+            self._grad_dtype = reduce_dtype or self.memory.dtype
+        self._sum: Tensor | None = None  # what is reduced now, if neither ``grad`` nor ``rest`` has room for it
         self.grad: Tensor | None = None
         self._borrowed: Tensor | None = None
         self._grad_views: list[Tensor] = []
@@ -165,14 +179,14 @@ class Unit:
         if self.grad is not None:
             return
         if self._row.accumulating is Rest.REPLICATED:
-            self.grad = zeros(self.layout.total, self.flat.dtype, self.flat.device)
+            self.grad = zeros(self.layout.total, self._grad_dtype, self.flat.device)
             self.rest = self.grad[slice(*self.part)]
         else:
-            self._borrowed = self._pool.borrow(self.layout.total, self.flat.dtype, self.flat.device)
+            self._borrowed = self._pool.borrow(self.layout.total, self._grad_dtype, self.flat.device)
             self.grad = self._borrowed[: self.layout.total]
             if self.rest is None:
                 start, stop = self.part
-                self.rest = self.flat.new_zeros(stop - start)
+                self.rest = self.flat.new_zeros(stop - start, dtype=self._rest_dtype)
         self._grad_views = [self.view(self.grad, position) for position in range(len(self.parameters))]
 
     def _close_buffers(self) -> None:
@@ -216,7 +230,7 @@ class Unit:
         self._open_buffers()
         assert self.rest is not None
         slot = self.layout.slots[position]
-        whole = value.new_empty(slot.numel)
+        whole = value.new_empty(slot.numel, dtype=self._rest_dtype)
         whole.as_strided(value.shape, self.memory.strides[position]).copy_(value)
         start, stop = self.part
         begin, end = max(slot.start, start), min(slot.stop, stop)
@@ -245,16 +259,17 @@ class Unit:
             content = self.content[position]
             if position in self._kept:  # some of it is here, some elsewhere
                 parameter.grad = self._placeholder(position)
-            elif content is Content.LOCAL or (content is Content.REDUCED and not sharded):
-                parameter.grad = self._grad_views[position]
-            elif content is Content.REDUCED:
-                parameter.grad = self._placeholder(position)
-            else:
+            elif content is Content.NONE:
                 parameter.grad = None
+            elif (content is Content.LOCAL or not sharded) and not self.memory.has_master:
+                parameter.grad = self._grad_views[position]
+            else:  # torch has a gradient be of the parameter's dtype
+                parameter.grad = self._placeholder(position)
 
     def _placeholder(self, position: int) -> ShardedGradient:
-        if position not in self._placeholders:
-            parameter, name = self.parameters[position], self.names[position]
+        parameter, name = self.parameters[position], self.names[position]
+        known = self._placeholders.get(position)
+        if known is None or known.dtype != parameter.dtype:  # which master values have another one of
             self._placeholders[position] = ShardedGradient(parameter, name, _zeroing(self, position))
         return self._placeholders[position]
 
@@ -367,7 +382,11 @@ class Unit:
         else:
             # Straight to the resting place, unless gradients already there must be added to.
             out = self.rest if self._aside is None else self.grad[slice(*self.part)]
+            if out.dtype != self._rest_dtype:
+                out = self._sum = torch.empty_like(self.rest)
             self._reduction = self._mesh.shard.reduce_scatter(self.grad, self.layout, out)
+            if self._scale_of_sum != 1.0:
+                self._reduction = Pending([self._reduction], partial(_scale, out, self._scale_of_sum))
             if self._mesh.replicate is not None:
                 self._reduce_across(boundary)
 
@@ -433,14 +452,14 @@ class Unit:
         assert self.rest is not None
         assert self._aside is not None
         start, stop = self.part
-        now = self.grad[start:stop]
+        now = self.grad[start:stop] if self._sum is None else self._sum
         for piece in self.layout.pieces(start, stop):
             where = slice(piece.start - start, piece.stop - start)
             if piece.slot in self._kept:
                 torch.add(self._aside[where], now[where], out=self.rest[where])
             else:
                 self.rest[where].copy_(now[where])
-        self._aside = None
+        self._aside = self._sum = None
 
     def settle(self, used: Sequence[bool]) -> None:
         """Note which gradients there are after a reduction.
@@ -461,7 +480,7 @@ class Unit:
         """Reduce the gradients that arrived after the reduction had started, and add them. All ranks take part."""
         assert self.phase is Phase.DONE
         assert self.rest is not None
-        late = torch.zeros_like(self.flat)
+        late = torch.zeros(self.layout.total, dtype=self._grad_dtype, device=self.flat.device)
         for position, gradient in self._late.items():
             self.view(late, position).copy_(gradient)
         self._late.clear()
@@ -472,7 +491,7 @@ class Unit:
             out = late[slice(*self.part)]
             reduction = self._mesh.shard.reduce_scatter(late, self.layout, out)
             (self._mesh.reduce_across(reduction, out) if boundary else reduction).wait()
-            self.rest.add_(out)
+            self.rest.add_(out, alpha=self._scale_of_sum)
 
     def learn(self) -> None:
         """Expect as many gradients of each parameter in the next backward as came in this one."""
@@ -483,7 +502,7 @@ class Unit:
         if self.content[position] is not Content.REDUCED or self._inside:
             return None
         assert self.rest is not None
-        full = torch.zeros_like(self.flat)
+        full = torch.zeros(self.layout.total, dtype=self._rest_dtype, device=self.flat.device)
         full[slice(*self.part)] = self.rest
         if self._row.gradients is Rest.SHARDED:
             self._mesh.shard.all_gather(full, self.layout).wait()
@@ -494,6 +513,10 @@ class Unit:
         assert self.rest is not None
         first, _ = self.part
         return self.rest[start - first : stop - first]
+
+
+def _scale(tensor: Tensor, factor: float) -> None:
+    tensor.mul_(factor)
 
 
 def _zeroing(unit: Unit, position: int) -> Callable[[], None]:

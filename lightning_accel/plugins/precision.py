@@ -22,6 +22,7 @@ from torch.optim import Optimizer
 from lightning_accel.core.engine import Engine
 from lightning_accel.core.grad_scaler import GradScaler
 from lightning_accel.core.optimizer import EngineOptimizer
+from lightning_accel.core.placement import Rest, Row
 
 _CLIPPING = ("clip_gradients", "clip_grad_by_norm", "clip_grad_by_value")
 _TORCHS = (torch.amp.GradScaler, torch.cuda.amp.GradScaler)
@@ -110,3 +111,14 @@ def require_known_scaler(plugin: FabricPrecision, row: str) -> None:
             f" {type(scaler).__module__}.{type(scaler).__qualname__}, which looks at whole gradients, and no rank has"
             " them. Give a GradScaler with grad_scaler=... to the strategy, or use strategy='accel_ddp'."
         )
+
+
+def computes_with(plugin: FabricPrecision, row: Row) -> torch.dtype | None:
+    """What the matrices of a model are rounded to under mixed precision, if each rank updates its part only.
+
+    Every rank has half the bytes then, and half of them travel; autocast would round them for each use otherwise. Where
+    each rank updates all parameters they stay as they are, and autocast rounds them, as Lightning's users know it.
+    """
+    if row.optimizer_state is Rest.SHARDED and isinstance(plugin, (MixedPrecision, FabricMixedPrecision)):
+        return torch.float16 if plugin.precision == "16-mixed" else torch.bfloat16
+    return None

@@ -1,0 +1,55 @@
+"""What the model computes with, and what travels, where that is not the dtype it came with."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+
+from lightning_accel.core.placement import Rest, Row
+
+
+@dataclass(frozen=True, kw_only=True)
+class Dtypes:
+    """Dtypes of mixed precision; None is the dtype that parameters came with.
+
+    Parameters with less than two dimensions (biases, weights of normalisation layers) keep their dtype: they are few,
+    and layers that normalise want them precise.
+    """
+
+    param: torch.dtype | None = None
+    """What forward and backward see of parameters that are twice as wide (fp32 for 16 bits), and what is gathered. The
+    optimizer updates values of the dtype they came with."""
+    reduce: torch.dtype | None = None
+    """What gradients travel in, where every backward reduces; by default what they are computed in. They are added up,
+    over ranks and micro-batches, in the dtype of what they update."""
+
+    @staticmethod
+    def checked(param: torch.dtype | None, reduce: torch.dtype | None, row: Row) -> Dtypes:
+        """The meaning of a user's settings.
+
+        Raises:
+            ValueError: If a dtype is not a floating-point one, or the row cannot do it.
+
+        """
+        for name, dtype in (("param_dtype", param), ("reduce_dtype", reduce)):
+            if dtype is not None and not dtype.is_floating_point:
+                raise ValueError(f"Expected {name} to be a floating-point dtype, got {dtype}.")
+        if param is not None and row.optimizer_state is not Rest.SHARDED:
+            raise ValueError(
+                f"Expected param_dtype for rows that shard optimizer state only, got {param} for row {row.name!r}: each"
+                " rank would keep every parameter twice. Use torch.autocast, which precision='bf16-mixed' does."
+            )
+        if reduce is not None and row.accumulating is not Rest.SHARDED:
+            raise ValueError(
+                f"Expected reduce_dtype for rows that reduce in every backward, got {reduce} for row {row.name!r},"
+                " which adds gradients up on each rank. Use zero2 or fsdp."
+            )
+        return Dtypes(param=param, reduce=reduce)
+
+    def of(self, dtype: torch.dtype, dim: int) -> torch.dtype:
+        """What the model computes with instead of parameters of a dtype and number of dimensions."""
+        if self.param is None or not dtype.is_floating_point or dim < 2:
+            return dtype
+        # As autocast does: it takes a model of doubles to want them.
+        return self.param if 2 * self.param.itemsize == dtype.itemsize else dtype
