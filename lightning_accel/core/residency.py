@@ -52,6 +52,7 @@ class Hook:
 
     @torch.compiler.disable  # type: ignore[untyped-decorator]
     def __call__(self, *args: Any) -> None:
+        """Call the function."""
         self._function(*args)
 
     def __reduce__(self) -> Any:
