@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import warnings
 import weakref
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
@@ -161,8 +162,14 @@ class Engine:
         self._watchers: list[weakref.WeakMethod[Callable[[], None]]] = []  # told of new layouts
         if dtypes.param is not None and not self._residency.is_active:
             # What the first forward computes with must be rounded already, even if nobody has announced it.
-            hook = module.register_forward_pre_hook(Hook(partial(_before_forward, weakref.ref(self))), prepend=True)
-            self.at_close.callback(hook.remove)
+            hooks = [
+                module.register_forward_pre_hook(Hook(partial(_before_forward, weakref.ref(self))), prepend=True),
+                module.register_state_dict_pre_hook(  # type: ignore[no-untyped-call]
+                    Hook(partial(_warn_of_rounded, weakref.ref(self)))
+                ),
+            ]
+            for hook in hooks:
+                self.at_close.callback(hook.remove)
         register(self)
 
     # ------------------------------------------------------------------ set-up
@@ -628,3 +635,14 @@ def _before_forward(reference: weakref.ref[Engine], *_: Any) -> None:
     engine = reference()
     if engine is not None:
         engine.before_forward()
+
+
+def _warn_of_rounded(reference: weakref.ref[Engine], *_: Any) -> None:
+    engine = reference()
+    if engine is not None and any(u.memory.has_master and not u.memory.shows_master for u in engine.units):
+        warnings.warn(
+            "state_dict() has the values that mixed precision computes with, rounded to 16 bits. To save precise ones"
+            " call it, on every rank, within `with engine.full_parameters():` (the engine is trainer.strategy.engine,"
+            " or lightning_accel.engine_of(model)), or use trainer.save_checkpoint(...) or fabric.save(...).",
+            stacklevel=4,
+        )

@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
+import warnings
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from lightning.fabric import Fabric
+from lightning.pytorch import callbacks as lightning_callbacks
 from models import Regression, alone, loader, trainer, values
 from torch import Tensor, nn
 
 from harness import Ranks
 from lightning_accel import engine_of
+from lightning_accel.callbacks import EMAWeightAveraging
 from lightning_accel.strategies import AccelDDPStrategy, AccelFSDPStrategy, AccelZeROStrategy
 from lightning_accel.strategies import fabric as twins
 from rows import everyday
@@ -89,6 +92,19 @@ def test_rounding_may_be_left_to_autocast(ranks2: Ranks) -> None:
     assert ranks2.run(precise) == [{(2, torch.float32), (1, torch.float32)}] * 2
 
 
+def averaged(row: str, kind: type) -> None:
+    used = trainer(f"accel_{row}", precision="bf16-mixed", callbacks=[kind(decay=0.9)])
+    used.fit(Seen(), float32())
+
+
+def test_averages_of_rounded_values_are_refused(ranks2: Ranks) -> None:
+    ranks2.run(averaged, "zero2", EMAWeightAveraging)
+    for found in ranks2.run_expecting_error(averaged, "zero2", lightning_callbacks.EMAWeightAveraging):
+        assert found is not None
+        assert "precise values of parameters which mixed precision has rounded" in found[1]
+        assert "Use (or derive from) lightning_accel.callbacks.EMAWeightAveraging" in found[1]
+
+
 def fit_in_fabric(row: str) -> tuple[set[tuple[int, torch.dtype]], list[torch.dtype], int]:
     made = Fabric(accelerator="cpu", devices=2, strategy=f"accel_{row}", precision="bf16-mixed")
     made.launch()
@@ -102,8 +118,14 @@ def fit_in_fabric(row: str) -> tuple[set[tuple[int, torch.dtype]], list[torch.dt
         made.backward(model(torch.randn(4, 32)).square().mean())
         made.clip_gradients(model, optimizer, max_norm=1.0)
         optimizer.step()
-    with (engine := engine_of(net)).full_parameters():
-        dtypes = [value.dtype for value in model.state_dict().values()]
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        with (engine := engine_of(net)).full_parameters():
+            dtypes = [value.dtype for value in model.state_dict().values()]
+    assert not [str(warning.message) for warning in caught if "rounded" in str(warning.message)]
+    if row.startswith("zero"):
+        with pytest.warns(UserWarning, match="rounded to 16 bits"):
+            model.state_dict()
     return seen, dtypes, engine.report().at_rest["master_parameters"]
 
 
