@@ -130,6 +130,7 @@ def test_the_ranks_of_zero_share_what_those_of_ddp_repeat(runs: Runs) -> None:
         assert sum(zero.held("optimizer state")) == pytest.approx(ddp.held("optimizer state")[0], rel=0.01)
 
 
+@pytest.mark.matrix
 def test_resuming_continues_the_curve_under_another_strategy(runs: Runs) -> None:
     assert "resumed at step 4" in runs.zero1.output
 
@@ -190,6 +191,7 @@ def test_the_gan_learns_to_draw(tmp_path: Path) -> None:
     assert sum(result.held("optimizer state")) == pytest.approx(2 * sum(result.held("parameters")), rel=0.01)
 
 
+@pytest.mark.matrix
 def test_lora_trains_and_saves_adapters_only(tmp_path: Path) -> None:
     arguments = ("--max-steps", "6", "--batch-size", "8", "--held-out", "64", "--lr", "0.001")
 
