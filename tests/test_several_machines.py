@@ -77,14 +77,14 @@ def machines() -> Iterator[list[str]]:
                 stack.callback(_run, "ip", "netns", "delete", name)
             ends = [name.replace("accel-", "veth") for name in names]
             _run("ip", "link", "add", ends[0], "type", "veth", "peer", "name", ends[1])
+            for number, (name, end) in enumerate(zip(names, ends, strict=True)):
+                _run("ip", "link", "set", end, "netns", name)
+                _run("ip", "-n", name, "link", "set", end, "name", "veth")
+                _run("ip", "-n", name, "addr", "add", f"10.98.0.{number + 1}/24", "dev", "veth")
+                for device in ("veth", "lo"):
+                    _run("ip", "-n", name, "link", "set", device, "up")
         except subprocess.CalledProcessError as error:
             pytest.skip(f"needs the right to make network namespaces: {error.stderr.strip()}")
-        for number, (name, end) in enumerate(zip(names, ends, strict=True)):
-            _run("ip", "link", "set", end, "netns", name)
-            _run("ip", "-n", name, "link", "set", end, "name", "veth")
-            _run("ip", "-n", name, "addr", "add", f"10.98.0.{number + 1}/24", "dev", "veth")
-            for device in ("veth", "lo"):
-                _run("ip", "-n", name, "link", "set", device, "up")
         yield names
 
 
