@@ -76,8 +76,8 @@ class Engine:
 
     Raises:
         ValueError: If the row or a unit does not exist, the ranks' models differ, ``shard_size`` does not divide the
-            number of ranks, there is no way to set the values of what is on the meta device, or the row or the folder
-            does not allow the offload.
+            number of ranks, there is no way to set the values of what is on the meta device, the row or the folder
+            does not allow the offload, or the row cannot do with the dtypes.
         RuntimeError: If torch.distributed is not initialised.
 
     Example::

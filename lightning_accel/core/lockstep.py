@@ -31,11 +31,12 @@ class Lockstep:
 
     Args:
         collectives: The ranks that gather from each other. All of them make one together.
+        is_gathered: Whether there is anything to gather in forward at all.
 
     """
 
-    def __init__(self, collectives: Collectives) -> None:
-        self.is_needed = collectives.ranks > 1 and not collectives.is_one_sided
+    def __init__(self, collectives: Collectives, *, is_gathered: bool = True) -> None:
+        self.is_needed = is_gathered and collectives.ranks > 1 and not collectives.is_one_sided
         """Whether the ranks depend on each other in forward."""
         self._collectives = collectives
         self._gathered: list[str] = []

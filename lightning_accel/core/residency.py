@@ -95,7 +95,7 @@ class Residency:
         self._collectives = collectives
         self.is_active = row.parameters is Rest.SHARDED and collectives.ranks > 1
         """Whether there is anything to gather and free."""
-        self._lockstep = Lockstep(collectives)
+        self._lockstep = Lockstep(collectives, is_gathered=self.is_active)
         self._units: dict[nn.Module | None, list[Unit]] = {}
         self._depth = 0
         self.in_backward = False

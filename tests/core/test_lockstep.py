@@ -196,6 +196,7 @@ def is_needed() -> list[bool]:
     direct = connect(torch.device("cpu"))
     messages = GlooCollectives(torch.device("cpu"), None, None)
     found = [Lockstep(direct).is_needed, Lockstep(messages).is_needed]
+    found.append(Lockstep(messages, is_gathered=False).is_needed)
     direct.close()
     return found
 
@@ -203,7 +204,7 @@ def is_needed() -> list[bool]:
 @pytest.mark.parametrize("world", [1, 2], indirect=True)
 def test_where_it_is_needed(world: Ranks) -> None:
     ranks = world.run(is_needed)
-    assert ranks == [[False, world.world_size > 1]] * world.world_size
+    assert ranks == [[False, world.world_size > 1, False]] * world.world_size
 
 
 def stepped_unevenly() -> str:
