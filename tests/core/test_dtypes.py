@@ -12,7 +12,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from core.toys import adamw, build, data, my_share, relative_error, values
+from core.toys import Net, adamw, build, compare, data, my_share, relative_error, sgd, values
 from harness import Ranks
 from lightning_accel.core import Engine
 from lightning_accel.core.collectives import GlooCollectives, TorchCollectives, connect
@@ -178,6 +178,17 @@ def rounded_sum() -> tuple[Tensor, Tensor]:
 def test_gradients_travel_narrow_and_are_added_up_wide(world: Ranks) -> None:
     for found, expected in world.run(rounded_sum):
         torch.testing.assert_close(found, expected, rtol=1e-6, atol=1e-6)  # fp32 sums of three, in any order
+
+
+# Each gradient is rounded to 24 bits before it is sent; steps of SGD add up some of these errors.
+SINGLE = 8 * 2.0**-24
+
+
+@pytest.mark.parametrize("accumulate", [1, 3])
+@pytest.mark.parametrize("row", everyday(["zero2", "fsdp", "fsdp_partial"]))
+def test_gradients_alone_may_travel_narrow(ranks2: Ranks, row: str, accumulate: int) -> None:
+    options = {"make_optimizer": sgd, "reduce_dtype": torch.float32, "accumulate": accumulate}
+    assert all(0 < error < SINGLE for error in ranks2.run(compare, Net, row, **options))
 
 
 class Plain(nn.Module):
