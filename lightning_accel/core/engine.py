@@ -32,6 +32,7 @@ from lightning_accel.core.arrivals import Arrivals
 from lightning_accel.core.clipping import clip_grad_norm, clip_grad_value, grad_norm
 from lightning_accel.core.collectives import Collectives
 from lightning_accel.core.dtypes import Dtypes
+from lightning_accel.core.loss_weight import LossWeights
 from lightning_accel.core.materialise import InitFn, Materialiser, has_meta
 from lightning_accel.core.memory import keep_freed_memory
 from lightning_accel.core.mesh import Mesh, ranks_of_node
@@ -150,6 +151,7 @@ class Engine:
         self._buffers = BufferVersions(module)
         self._reduction = Reduction(self.row, self._roster, self.collectives, self._buffers)
         self._arrivals = Arrivals(self.mesh.shard, self._note_compiled)
+        self._weights = LossWeights(self.collectives)
         self._hooks: dict[nn.Parameter, Any] = {}
         self._counts = StepCounts()
         self._stale = True  # units do not match the optimizers, or what is trainable
@@ -419,12 +421,40 @@ class Engine:
         """``loss.backward(**kwargs)``, with gradients reduced as the row says.
 
         Args:
-            loss: This rank's loss. Gradients are averaged over ranks.
+            loss: This rank's loss. Gradients are averaged over ranks, or over what ``set_loss_weight`` counts.
             kwargs: As for ``Tensor.backward``.
 
         """
+        loss = self.weigh(loss)
         with self.backward_context():
             loss.backward(**kwargs)  # type: ignore[no-untyped-call]
+
+    def set_loss_weight(self, weight: float | Tensor) -> None:
+        """Say how much the loss of the next backward counts: how many tokens, say, it is the mean of.
+
+        With weights, the gradients that an optimizer steps with are those of the weighted mean of all losses since the
+        last step, of all ranks: of one loss on all batches in one. So losses must not be divided by the number of
+        micro-batches. Every loss that an optimizer gets gradients from must have a weight then. Only their ratios
+        matter. A batch on which the loss is undefined (no token of it counts) has weight 0, on which NaN is left out.
+
+        Args:
+            weight: A number, or a tensor of one.
+
+        Raises:
+            ValueError: If it is not finite, or negative.
+
+        """
+        self._weights.set(weight)
+
+    @property
+    def loss_weight(self) -> float | None:
+        """What ``set_loss_weight`` has set for the next backward."""
+        return self._weights.next
+
+    def weigh(self, loss: Tensor) -> Tensor:
+        """A loss times its weight, if it has one: what is to be differentiated within ``backward_context``."""
+        weight = self._weights.next
+        return loss if weight is None else loss * weight
 
     @contextmanager
     def backward_context(self) -> Iterator[None]:
@@ -434,23 +464,34 @@ class Engine:
         self._refresh()
         for unit in self.units:
             unit.hide()
+        counts = self._weights.begin(self.optimizers)
+        for unit in self.units:
+            unit.is_muted = not counts
         self._in_backward = True
         self.backwards += 1
         self._reduction.begin(boundary=self._synchronise)
         try:
             with self._residency.backward():
                 yield
-            self._reduction.finish()
+            told = self._reduction.finish(self._weights.end(self.optimizers))
             if self._residency.is_active:
                 self.mesh.trim()  # rows that are chosen for their memory keep none that the next backward can take anew
             for unit in self.units:
                 unit.learn()
                 unit.show()
+            self._in_backward = False
+            if told:
+                self._weights.agreed(self.optimizers, told, boundary=self._synchronise)
         except BaseException:
             self._broken = True
             raise
         finally:
             self._in_backward = False
+
+    @property
+    def is_boundary(self) -> bool:
+        """Whether an optimizer step may follow the next backward: unless this is within ``no_sync``."""
+        return self._synchronise
 
     @contextmanager
     def no_sync(self) -> Iterator[None]:
@@ -570,7 +611,7 @@ class Engine:
         """
         added = self.find_optimizer(optimizer)
         return clip_grad_norm(
-            added.gradients(),
+            added.gradients,
             float(max_norm),
             float(norm_type),
             error_if_nonfinite,
@@ -589,7 +630,7 @@ class Engine:
 
         """
         added = self.find_optimizer(optimizer)
-        return grad_norm(added.gradients(), float(norm_type), added.sharded, self.mesh.shard, added.norm_dtype)
+        return grad_norm(added.gradients, float(norm_type), added.sharded, self.mesh.shard, added.norm_dtype)
 
     def clip_grad_value_(self, optimizer: Optimizer, clip_value: float) -> None:
         """Clamp the gradients of an optimizer's parameters, as ``torch.nn.utils.clip_grad_value_``.
@@ -598,7 +639,7 @@ class Engine:
             ValueError: If ``clip_value`` is not positive, or the optimizer was not added.
 
         """
-        clip_grad_value(self.find_optimizer(optimizer).gradients(), float(clip_value))
+        clip_grad_value(self.find_optimizer(optimizer).gradients, float(clip_value))
 
     def full_gradient(self, parameter: nn.Parameter) -> Tensor | None:
         """A copy of a parameter's whole reduced gradient, or None if it has none. All ranks must call this together.
