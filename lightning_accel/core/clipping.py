@@ -11,6 +11,10 @@ from torch import Tensor
 
 from lightning_accel.core.collectives import Collectives
 
+_CHUNK = 2**16
+"""Elements whose powers are added up in the gradients' own precision, on the CPU. The 2-norm of 23M fp32 numbers at
+once was off by 1.3e-3 with torch 2.13, the 1-norm by 3.7e-2; in such chunks, added up in double, by 1.5e-7."""
+
 
 class Gradients:
     """This rank's gradients, as few tensors.
@@ -44,15 +48,24 @@ class Gradients:
 
 def norms_of(tensors: Sequence[Tensor], norm_type: float) -> list[Tensor]:
     """The p-norm of each tensor, in fp32 or wider: infinite or NaN only if an element is."""
-    norms = [
-        norm.to(torch.promote_types(norm.dtype, torch.float32))
-        for norm in (torch._foreach_norm(list(tensors), norm_type) if tensors else ())
-    ]
+    if not tensors:
+        return []
+    # torch's kernels for the CPU add up in few accumulators: see _CHUNK.
+    chunks = [t.flatten().split(_CHUNK) if t.device.type == "cpu" else (t,) for t in tensors]
+    parts = iter(torch._foreach_norm([chunk for some in chunks for chunk in some], norm_type))
+    norms = []
+    for tensor, some in zip(tensors, chunks, strict=True):
+        several = torch.stack([next(parts) for _ in some]).double()
+        norms.append(torch.linalg.vector_norm(several, norm_type).to(_norm_dtype(tensor)))
     if not all_finite(norms):
         # Finite elements can have powers that overflow, so it is not said yet that these are not finite.
         wide = [torch.promote_types(tensor.dtype, torch.float64) for tensor in tensors]
         norms = [torch.linalg.vector_norm(t, norm_type, dtype=d) for t, d in zip(tensors, wide, strict=True)]
     return norms
+
+
+def _norm_dtype(tensor: Tensor) -> torch.dtype:
+    return torch.promote_types(tensor.dtype.to_real(), torch.float32)
 
 
 def all_finite(norms: Sequence[Tensor]) -> bool:

@@ -36,7 +36,7 @@ OTHERS = [name for name in OPTIMIZERS if name != "adamw"]
 class Passes(TorchDispatchMode):
     """Notes the operations that have a large tensor among their arguments, but for those that make views."""
 
-    VIEWS = ("slice", "detach", "as_strided", "view")
+    VIEWS = ("slice", "split", "detach", "as_strided", "view")
 
     def __init__(self, elements: int) -> None:
         super().__init__()
