@@ -51,7 +51,7 @@ def norms_of(tensors: Sequence[Tensor], norm_type: float) -> list[Tensor]:
     if not tensors:
         return []
     # torch's kernels for the CPU add up in few accumulators: see _CHUNK.
-    chunks = [t.flatten().split(_CHUNK) if t.device.type == "cpu" else (t,) for t in tensors]
+    chunks = [torch.split(t.flatten(), _CHUNK) if t.device.type == "cpu" else (t,) for t in tensors]
     parts = iter(torch._foreach_norm([chunk for some in chunks for chunk in some], norm_type))
     norms = []
     for tensor, some in zip(tensors, chunks, strict=True):

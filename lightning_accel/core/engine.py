@@ -15,11 +15,9 @@ from __future__ import annotations
 
 import contextlib
 import os
-import warnings
 import weakref
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
-from functools import partial
 from typing import Any
 
 import torch
@@ -32,6 +30,7 @@ from lightning_accel.core.arrivals import Arrivals
 from lightning_accel.core.clipping import clip_grad_norm, clip_grad_value, grad_norm
 from lightning_accel.core.collectives import Collectives
 from lightning_accel.core.dtypes import Dtypes
+from lightning_accel.core.hooks import GradientHooks, hang_on_module
 from lightning_accel.core.loss_weight import LossWeights
 from lightning_accel.core.materialise import InitFn, Materialiser, has_meta
 from lightning_accel.core.memory import keep_freed_memory
@@ -44,7 +43,7 @@ from lightning_accel.core.pool import BufferPool
 from lightning_accel.core.reduction import Reduction
 from lightning_accel.core.registry import engines_of, register
 from lightning_accel.core.report import Report, StepCounts, measure
-from lightning_accel.core.residency import Hook, Residency
+from lightning_accel.core.residency import Residency
 from lightning_accel.core.roster import Roster
 from lightning_accel.core.structure import Structure, is_compiled
 from lightning_accel.core.unit import Unit
@@ -152,7 +151,7 @@ class Engine:
         self._reduction = Reduction(self.row, self._roster, self.collectives, self._buffers)
         self._arrivals = Arrivals(self.mesh.shard, self._note_compiled)
         self._weights = LossWeights(self.collectives)
-        self._hooks: dict[nn.Parameter, Any] = {}
+        self._hooks = GradientHooks(self)
         self._counts = StepCounts()
         self._stale = True  # units do not match the optimizers, or what is trainable
         self._closed = False
@@ -163,15 +162,7 @@ class Engine:
         """How many backwards there were."""
         self._watchers: list[weakref.WeakMethod[Callable[[], None]]] = []  # told of new layouts
         if dtypes.param is not None and not self._residency.is_active:
-            # What the first forward computes with must be rounded already, even if nobody has announced it.
-            hooks = [
-                module.register_forward_pre_hook(Hook(partial(_before_forward, weakref.ref(self))), prepend=True),
-                module.register_state_dict_pre_hook(  # type: ignore[no-untyped-call]
-                    Hook(partial(_warn_of_rounded, weakref.ref(self)))
-                ),
-            ]
-            for hook in hooks:
-                self.at_close.callback(hook.remove)
+            hang_on_module(self)
         register(self)
 
     # ------------------------------------------------------------------ set-up
@@ -245,15 +236,7 @@ class Engine:
         self._reduction.relearn()
         if self._residency.is_active:
             self._residency.attach(self.units)
-        current = self._roster.places
-        for parameter in [p for p in self._hooks if p not in current]:
-            self._hooks.pop(parameter).remove()
-        for parameter in current:
-            if parameter.requires_grad and parameter not in self._hooks:
-                # Weak: torch keeps these hooks where gc cannot follow, and would keep what they refer to for ever.
-                self._hooks[parameter] = parameter.register_post_accumulate_grad_hook(  # type: ignore[no-untyped-call]
-                    partial(_gradient_arrived, weakref.ref(self))
-                )
+        self._hooks.attach(self._roster.places)
         for watcher in self._watchers:
             if (told := watcher()) is not None:
                 told()
@@ -296,9 +279,7 @@ class Engine:
         else:
             self._residency.before_update("the end")  # others may read this rank's parts until here
         self.wait()
-        for hook in self._hooks.values():
-            hook.remove()
-        self._hooks.clear()
+        self._hooks.remove()
         self._roster.views.clear()  # they keep the memory of units
         for unit in self.units:
             unit.release(abandon=abandon)
@@ -508,7 +489,13 @@ class Engine:
             self._synchronise, self._residency.holds = before
 
     @torch.no_grad()
-    def _on_gradient(self, parameter: nn.Parameter) -> None:
+    def gradient_arrived(self, parameter: nn.Parameter) -> None:
+        """Called by autograd when ``parameter.grad`` is there.
+
+        Raises:
+            RuntimeError: If it is not one that can be reduced.
+
+        """
         gradient, parameter.grad = parameter.grad, None
         assert gradient is not None
         unit, position = self._roster.places[parameter]
@@ -660,30 +647,3 @@ class Engine:
     def report(self) -> Report:
         """Bytes at rest by kind of state, and what the last optimizer step sent, as really allocated and sent."""
         return measure(self, self._counts, self._pool.peak_bytes, self._roster.gauge.peak)
-
-
-def _gradient_arrived(engine: weakref.ref[Engine], parameter: nn.Parameter) -> None:
-    found = engine()
-    if found is None:
-        raise RuntimeError(
-            "Expected the engine of a model that is trained to be kept, but nothing refers to it any more. Keep the"
-            " engine, an optimizer that was given to it, or what fabric.setup returned."
-        )
-    found._on_gradient(parameter)
-
-
-def _before_forward(reference: weakref.ref[Engine], *_: Any) -> None:
-    engine = reference()
-    if engine is not None:
-        engine.before_forward()
-
-
-def _warn_of_rounded(reference: weakref.ref[Engine], *_: Any) -> None:
-    engine = reference()
-    if engine is not None and any(u.memory.has_master and not u.memory.shows_master for u in engine.units):
-        warnings.warn(
-            "state_dict() has the values that mixed precision computes with, rounded to 16 bits. To save precise ones"
-            " call it, on every rank, within `with engine.full_parameters():` (the engine is trainer.strategy.engine,"
-            " or lightning_accel.engine_of(model)), or use trainer.save_checkpoint(...) or fabric.save(...).",
-            stacklevel=4,
-        )
