@@ -44,7 +44,7 @@ def run(tmp_path: Path, *parts: str, launcher: tuple[str, ...] = ()) -> str:
 
 
 def test_every_block_is_run_here():
-    assert len(BLOCKS) == 8
+    assert len(BLOCKS) == 9
 
 
 def test_the_trainer(tmp_path):
@@ -55,6 +55,9 @@ def test_the_trainer(tmp_path):
         *(block("EMAWeightAveraging("), FIT, "print(f'count: {average.state_dict()}\\n', end='')"),
         *(block("init_module"), "assert next(model.parameters()).is_meta\ntrainer.fit(model)"),
         "print(trainer.strategy.engine.row.name)",
+        *(block("loss_weight=tokens"), FIT),
+        "weighted = trainer.strategy.engine.optimizers[0].window.weighted",
+        "print(f'weighted: {weighted}\\n', end='')",
         *(block("LossScaleMonitor"), FIT),
         "logged = trainer.callback_metrics['accel/skipped_steps']",
         "print(f'{trainer.precision} {logged == scaler.skipped_steps}\\n', end='')",
@@ -62,6 +65,7 @@ def test_the_trainer(tmp_path):
     assert "accel_zero2, rank 0 of 2" in printed
     assert "count: {'latest_update_step': 32}" in printed
     assert "fsdp_hybrid" in printed
+    assert "weighted: True" in printed
     assert "16-mixed True" in printed
     assert list((tmp_path / "optimizer_state").iterdir()) == []
 
