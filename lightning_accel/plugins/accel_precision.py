@@ -8,7 +8,7 @@ plugin, and Fabric's strategies exchange it for its twin.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Generator, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from functools import partial
 from typing import Any
@@ -35,6 +35,7 @@ class PolicyPrecision:
     """
 
     device: str
+    precision: Any
     scaler: Any
 
     def __init__(self, policy: DtypePolicy) -> None:
@@ -80,9 +81,11 @@ class PolicyPrecision:
         """Autocast to the policy's dtype."""
         return torch.autocast(self.device, dtype=self.policy.compute, cache_enabled=False)
 
-    def forward_context(self) -> AbstractContextManager[Any]:
+    @contextmanager
+    def forward_context(self) -> Generator[None, None, None]:
         """Autocast, or tensors that are made within it are of the dtype that is computed in."""
-        return self.autocast_context_manager() if self.policy.autocast else _default_dtype(self.policy.compute)
+        with self.autocast_context_manager() if self.policy.autocast else _default_dtype(self.policy.compute):
+            yield
 
 
 class AccelPrecision(PolicyPrecision, MixedPrecision):

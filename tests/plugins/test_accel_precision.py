@@ -35,11 +35,16 @@ NAMED: dict[str, dict[str, Any]] = {
     "64-true": {"compute": F64},
 }
 """What users of Lightning know by name, as policies."""
+
 needs_torchao = pytest.mark.skipif(find_spec("torchao") is None, reason="needs torchao, which is not installed")
 
 
 def float32() -> Any:
     return loader(dtype=F32)
+
+
+def fabric(strategy: Any, **arguments: Any) -> Fabric:
+    return Fabric(accelerator="cpu", strategy=strategy, **arguments)
 
 
 class Seen(Regression):
@@ -164,7 +169,7 @@ def test_without_autocast_all_is_narrow_but_what_is_updated(ranks2: Ranks, row: 
 
 
 def in_fabric(row: str, **settings: Any) -> Any:
-    made = Fabric(accelerator="cpu", devices=2, strategy=f"accel_{row}", **settings)
+    made = fabric(f"accel_{row}", devices=2, **settings)
     made.launch()
     torch.manual_seed(0)
     net = nn.Sequential(nn.Linear(32, 32), nn.LayerNorm(32), nn.ReLU(), nn.Linear(32, 32))
@@ -207,9 +212,7 @@ def test_fabric_without_autocast(ranks2: Ranks, row: str) -> None:
 # ------------------------------------------------------------------- bad input
 
 
-@pytest.mark.parametrize(
-    "make", [trainer, lambda strategy, **kw: Fabric("cpu", strategy, **kw)], ids=["trainer", "fabric"]
-)
+@pytest.mark.parametrize("make", [trainer, fabric])
 @pytest.mark.parametrize("family", ["trainer", "fabric"])
 @pytest.mark.parametrize("name", ["FSDPPrecision", "DeepSpeedPrecision"])
 def test_plugins_of_other_strategies_are_refused(make: Any, family: str, name: str) -> None:
@@ -234,7 +237,7 @@ def test_what_row_and_strategy_contradict_is_refused_at_once(module: str) -> Non
         if module == "trainer":
             trainer(strategy, devices=1, plugins=plugins)
         else:
-            Fabric(accelerator="cpu", devices=1, strategy=strategy, plugins=plugins)
+            fabric(strategy, devices=1, plugins=plugins)
 
     kind = AccelZeROStrategy if module == "trainer" else twins.AccelZeROStrategy
     with pytest.raises(ValueError, match="Expected param_dtype for rows that shard optimizer state only"):
@@ -255,9 +258,7 @@ def test_what_row_and_strategy_contradict_is_refused_at_once(module: str) -> Non
 # ------------------------------------------------------------------------ fp8
 
 
-@pytest.mark.parametrize(
-    "make", [trainer, lambda strategy, **kw: Fabric("cpu", strategy, **kw)], ids=["trainer", "fabric"]
-)
+@pytest.mark.parametrize("make", [trainer, fabric])
 def test_fp8_is_a_name_for_these_strategies_only(make: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(float8, "find_spec", lambda _: None)
     with pytest.raises(ModuleNotFoundError, match=r"lightning-accel\[fp8\]"):
@@ -275,7 +276,7 @@ def emulated(row: str) -> Any:
     from torchao.float8.float8_linear import Float8Linear
 
     def losses(**settings: Any) -> tuple[list[float], nn.Module]:
-        made = Fabric(accelerator="cpu", devices=2, strategy=f"accel_{row}", **settings)
+        made = fabric(f"accel_{row}", devices=2, **settings)
         made.launch()
         torch.manual_seed(0)
         net = nn.Sequential(nn.Linear(32, 48), nn.ReLU(), nn.Linear(48, 48), nn.ReLU(), nn.Linear(48, 3))
