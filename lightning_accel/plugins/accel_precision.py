@@ -34,14 +34,14 @@ class PolicyPrecision:
 
     """
 
-    device: str
+    device: Any  # a str, once a strategy has told it
     precision: Any
     scaler: Any
 
     def __init__(self, policy: DtypePolicy) -> None:
         self.policy = policy
         """The dtypes."""
-        self.device = "cpu"
+        self.device = None
         same = policy.compute is policy.master
         self.precision = f"{_NAMES[policy.compute]}-{'true' if same else 'mixed'}"
         if policy.float8:
@@ -68,7 +68,17 @@ class PolicyPrecision:
         self.device = device
 
     def convert_module(self, module: nn.Module) -> nn.Module:
-        """Have parameters, buffers and linear layers be what the policy says."""
+        """Have parameters, buffers and linear layers be what the policy says.
+
+        Raises:
+            ValueError: If the device cannot do it, or the strategy is another package's, which would not round.
+
+        """
+        if self.device is None:
+            raise ValueError(
+                "Expected a strategy of lightning_accel together with AccelPrecision, got another. Use"
+                " strategy='accel_ddp' (or another one that begins with accel_), or precision='bf16-mixed'."
+            )
         self.connect_device(self.device, ask=True)  # in a process of its own by now
         module = self.policy.convert(module)
         return with_float8(module, self.policy.float8) if self.policy.float8 else module
@@ -157,6 +167,19 @@ class AccelPrecision(PolicyPrecision, MixedPrecision):
         if self.policy.autocast:
             return data
         return apply_to_collection(data, Tensor, partial(_converted, self.policy.compute))
+
+    @override
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Leave the scaler's state where Lightning's plugin looks for it, too."""
+        if self.scaler is not None:
+            checkpoint[MixedPrecision.__qualname__] = self.state_dict()
+
+    @override
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Take the scaler's state from where Lightning's plugin has left it."""
+        state = checkpoint.get(MixedPrecision.__qualname__)
+        if state is not None and type(self).__qualname__ not in checkpoint:
+            self.load_state_dict(state)
 
     def in_fabric(self) -> FabricPrecision:
         """The same for Fabric."""

@@ -123,6 +123,45 @@ def test_dtypes_of_inputs_outputs_and_metrics_are_lightnings(ranks2: Ranks, name
     assert ranks2.run(dtypes_here, name) == [dtypes(stock(name))] * 2
 
 
+def dtypes_reach_the_engine(path: Path) -> tuple[set[str], set[str]]:
+    plugin = AccelPrecision(compute=BF16, param=F32, reduce=F16)
+    ours, seen, _ = fit("accel_zero2", path, plugins=[plugin])
+    assert ("matrix", F32) in seen
+    given = AccelZeROStrategy(stage=2, param_dtype=F32, reduce_dtype=F16)
+    theirs, _, _ = fit(given, path, precision="bf16-mixed")
+    usual, _, _ = fit("accel_zero2", path, precision="bf16-mixed")
+
+    def unlike(others: dict[str, Tensor]) -> set[str]:
+        return {name for name in ours if not torch.equal(ours[name], others[name])}
+
+    return unlike(theirs), unlike(usual)
+
+
+def test_dtypes_reach_the_engine(ranks2: Ranks, tmp_path: Path) -> None:
+    for unlike_given, unlike_usual in ranks2.run(dtypes_reach_the_engine, tmp_path / "last.ckpt"):
+        assert not unlike_given
+        assert unlike_usual
+
+
+def resumed(folder: Path) -> list[Any]:
+    """A scaler's state goes from the policy to the name, and back."""
+    found = []
+    last = None
+    for step, chosen in enumerate([{"plugins": [AccelPrecision(compute=F16)]}, {"precision": "16-mixed"}] * 2):
+        used = trainer("accel_zero2", max_epochs=2 + step, limit_train_batches=2, **chosen)
+        if last is None:
+            used.scaler.update(2.0**10)
+        used.fit(Seen(), float32(), ckpt_path=last)
+        used.save_checkpoint(last := folder / f"{step}.ckpt")
+        found.append((used.scaler.get_scale(), used.scaler.state_dict()["_growth_tracker"]))
+    return found
+
+
+def test_a_scalers_state_is_found_by_the_policy_and_by_the_name(ranks2: Ranks, tmp_path: Path) -> None:
+    expected = [(2.0**10, steps) for steps in (4, 6, 8, 10)]
+    assert ranks2.run(resumed, tmp_path) == [expected] * 2
+
+
 # ------------------------------------------------------------- masters, no autocast
 
 

@@ -84,7 +84,11 @@ class Parts(nn.Module):
 def test_parameters_and_buffers_are_converted(
     settings: dict[str, Any], params: torch.dtype, buffers: torch.dtype
 ) -> None:
-    module = AccelPrecision(**settings).convert_module(Parts())
+    plugin = AccelPrecision(**settings)
+    with pytest.raises(ValueError, match="Expected a strategy of lightning_accel together with AccelPrecision"):
+        plugin.convert_module(Parts())
+    plugin.connect_device("cpu", ask=True)
+    module = plugin.convert_module(Parts())
     assert {p.dtype for p in module.parameters()} == {params, torch.complex64}
     assert {b.dtype for b in module.buffers()} == {buffers, torch.int64}  # BatchNorm counts batches
 
