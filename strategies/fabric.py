@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import weakref
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack, nullcontext
 from dataclasses import replace
 from datetime import timedelta
@@ -269,9 +269,11 @@ class AccelFabricStrategy(DDPStrategy):
     @override
     def backward(self, tensor: Tensor, module: nn.Module | None, *args: Any, **kwargs: Any) -> None:
         """Run backward with the gradients of every module that was set up reduced as the row says."""
+        engines = self._engines_of_all_ranks()
+        tensor = _weigh(tensor, engines)
         self.precision.pre_backward(tensor, module)
         with ExitStack() as stack:
-            for engine in self._engines_of_all_ranks():
+            for engine in engines:
                 stack.enter_context(engine.backward_context())
             self.precision.backward(tensor, module, *args, **kwargs)
         self.precision.post_backward(tensor, module)
@@ -451,6 +453,19 @@ class _EngineSyncControl(_BackwardSyncControl):
                 f" {type(module).__name__}."
             )
         return module.engine.no_sync()
+
+
+def _weigh(loss: Tensor, engines: Sequence[Engine]) -> Tensor:
+    """A loss times the weight that any engine was given for it; the others are told."""
+    weights = {engine.loss_weight for engine in engines} - {None}
+    if len(weights) > 1:
+        raise ValueError(f"Expected one weight for a loss, got {sorted(weights)} for several modules.")  # type: ignore[type-var]
+    for weight in weights:
+        assert weight is not None
+        for engine in engines:
+            engine.set_loss_weight(weight)
+        return engines[0].weigh(loss)
+    return loss
 
 
 def _whole(module: nn.Module, *, writeback: bool = False) -> AbstractContextManager[None]:

@@ -35,6 +35,7 @@ from lightning_accel.core.partition import Units
 from lightning_accel.core.placement import Row
 from lightning_accel.core.registry import engines_of
 from lightning_accel.plugins.precision import require_known_scaler
+from lightning_accel.strategies.accumulation import Accumulation
 from lightning_accel.strategies.averaging import require_averaging_in_parts
 from lightning_accel.strategies.compact import compact, keep
 from lightning_accel.strategies.failure import end_children_at_exit, explain
@@ -89,6 +90,9 @@ class AccelStrategy(DDPStrategy):
             By default fp16 or bf16 under mixed precision; ``torch.float32`` leaves rounding to autocast.
         reduce_dtype: What gradients travel in, for rows that reduce in every backward; by default what they are
             computed in.
+        loss_weight: Says of a training batch how many tokens or samples its loss is the mean of. Ranks and accumulated
+            micro-batches then count by it instead of each the same; see ``Engine.set_loss_weight``, which may be called
+            in ``training_step`` instead (``self.trainer.strategy.engine``).
         process_group_backend: ``"gloo"``, ``"nccl"``, …; by default what suits the device.
         timeout: Longest wait for a collective.
         start_method: How the ranks of this node are started: ``"popen"``, ``"spawn"`` or ``"fork"``.
@@ -123,6 +127,7 @@ class AccelStrategy(DDPStrategy):
         grad_scaler: GradScaler | None = None,
         param_dtype: torch.dtype | None = None,
         reduce_dtype: torch.dtype | None = None,
+        loss_weight: Callable[[Any], float | Tensor] | None = None,
         process_group_backend: str | None = None,
         timeout: timedelta | None = default_pg_timeout,
         start_method: Literal["popen", "spawn", "fork"] = "popen",
@@ -148,6 +153,8 @@ class AccelStrategy(DDPStrategy):
         )
         self._start_method = start_method  # also Lightning's name, which it sets too late for plugins
         self._given_scaler = grad_scaler
+        self._loss_weight = loss_weight
+        self._accumulation = Accumulation()
         self._step_was_skipped = False
         self._at_teardown = ExitStack()
         super().__init__(
@@ -249,6 +256,7 @@ class AccelStrategy(DDPStrategy):
             if self.engine is None:
                 self.engine = self._options.start(self.model, self.row, self.root_device, self.precision_plugin)
             self._step_was_skipped = False
+            self._accumulation.end()
             self._at_teardown.callback(hold_schedules(trainer, lambda: self._step_was_skipped))
             self.setup_optimizers(trainer)
             for optimizer in map(_unwrap, self.optimizers):
@@ -306,6 +314,9 @@ class AccelStrategy(DDPStrategy):
 
     @override
     def training_step(self, *args: Any, **kwargs: Any) -> STEP_OUTPUT:
+        if self._loss_weight is not None:
+            assert self.engine is not None
+            self.engine.set_loss_weight(self._loss_weight(args[0]))
         with self._forward():
             return super().training_step(*args, **kwargs)
 
@@ -330,9 +341,12 @@ class AccelStrategy(DDPStrategy):
         assert self.engine is not None, "backward outside of fit"
         self.pre_backward(closure_loss)
         closure_loss = self.precision_plugin.pre_backward(closure_loss, self.lightning_module)
+        loss = self._accumulation.weigh(closure_loss, self.engine, self.lightning_module)
         # Gradients are reduced when this is left: ``on_after_backward`` sees them as they will be stepped with.
         with self.engine.backward_context():
-            self.precision_plugin.backward(closure_loss, self.lightning_module, optimizer, *args, **kwargs)
+            self.precision_plugin.backward(loss, self.lightning_module, optimizer, *args, **kwargs)
+        if self.engine.is_boundary:
+            self._accumulation.complete(self.engine, self.lightning_module)
         closure_loss = self.precision_plugin.post_backward(closure_loss, self.lightning_module)
         self.post_backward(closure_loss)
         return closure_loss
@@ -342,6 +356,7 @@ class AccelStrategy(DDPStrategy):
         scaler = self.grad_scaler
         before = 0 if scaler is None else scaler.skipped_steps
         result = super().optimizer_step(optimizer, closure, *args, **kwargs)
+        self._accumulation.end()
         self._step_was_skipped = scaler is not None and scaler.skipped_steps > before
         return result
 

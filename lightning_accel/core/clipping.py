@@ -11,10 +11,71 @@ from torch import Tensor
 
 from lightning_accel.core.collectives import Collectives
 
+_CHUNK = 2**16
+"""Elements whose powers are added up in the gradients' own precision, on the CPU. The 2-norm of 23M fp32 numbers at
+once was off by 1.3e-3 with torch 2.13, the 1-norm by 3.7e-2; in such chunks, added up in double, by 1.5e-7."""
+
+
+class Gradients:
+    """This rank's gradients, as few tensors.
+
+    Args:
+        tensors: The gradients; they are changed in place.
+
+    """
+
+    def __init__(self, tensors: Sequence[Tensor]) -> None:
+        self._tensors = list(tensors)
+
+    def tensors(self) -> list[Tensor]:
+        """The gradients as they are to be used."""
+        return self._tensors
+
+    def norms(self, norm_type: float) -> list[Tensor]:
+        """The p-norm of each tensor, in fp32 or wider."""
+        return norms_of(self._tensors, norm_type)
+
+    def multiply(self, factor: float) -> None:
+        """Multiply all gradients by a number."""
+        if self._tensors:  # foreach functions refuse empty lists
+            torch._foreach_mul_(self._tensors, factor)
+
+    def zero(self) -> None:
+        """Set all gradients to zero."""
+        if tensors := self.tensors():
+            torch._foreach_zero_(tensors)
+
+
+def norms_of(tensors: Sequence[Tensor], norm_type: float) -> list[Tensor]:
+    """The p-norm of each tensor, in fp32 or wider: infinite or NaN only if an element is."""
+    if not tensors:
+        return []
+    # torch's kernels for the CPU add up in few accumulators: see _CHUNK.
+    chunks = [torch.split(t.flatten(), _CHUNK) if t.device.type == "cpu" else (t,) for t in tensors]
+    parts = iter(torch._foreach_norm([chunk for some in chunks for chunk in some], norm_type))
+    norms = []
+    for tensor, some in zip(tensors, chunks, strict=True):
+        several = torch.stack([next(parts) for _ in some]).double()
+        norms.append(torch.linalg.vector_norm(several, norm_type).to(_norm_dtype(tensor)))
+    if not all_finite(norms):
+        # Finite elements can have powers that overflow, so it is not said yet that these are not finite.
+        wide = [torch.promote_types(tensor.dtype, torch.float64) for tensor in tensors]
+        norms = [torch.linalg.vector_norm(t, norm_type, dtype=d) for t, d in zip(tensors, wide, strict=True)]
+    return norms
+
+
+def _norm_dtype(tensor: Tensor) -> torch.dtype:
+    return torch.promote_types(tensor.dtype.to_real(), torch.float32)
+
+
+def all_finite(norms: Sequence[Tensor]) -> bool:
+    """Whether all of some 0-dim tensors are neither infinite nor NaN."""
+    return not norms or bool(torch.isfinite(torch.stack([norm.double() for norm in norms])).all())
+
 
 @torch.no_grad()
 def grad_norm(
-    gradients: Sequence[Tensor],
+    gradients: Gradients,
     norm_type: float,
     sharded: bool,
     collectives: Collectives,
@@ -33,20 +94,11 @@ def grad_norm(
         0-dim tensor.
 
     """
-    device = gradients[0].device if gradients else collectives.device
-    # foreach functions refuse empty lists, and a rank may well have no gradients.
-    norms = [
-        norm.to(torch.promote_types(norm.dtype, torch.float32))
-        for norm in (torch._foreach_norm(list(gradients), norm_type) if gradients else ())
-    ]
-    if norms and not bool(torch.isfinite(torch.stack([n.double() for n in norms])).all()):
-        # Finite gradients can have powers that overflow, so it is not said yet that these are not finite.
-        wide = [torch.promote_types(gradient.dtype, torch.float64) for gradient in gradients]
-        norms = [torch.linalg.vector_norm(g, norm_type, dtype=d) for g, d in zip(gradients, wide, strict=True)]
+    norms = gradients.norms(norm_type)
     if sharded:
         # A rank without gradients must not make the others' dtype ambiguous: the sum travels in double.
-        local = torch.stack([n.double() for n in norms]) if norms else torch.zeros(1, dtype=torch.double, device=device)
-        local = local.to(device)
+        local = torch.stack([n.double() for n in norms]) if norms else torch.zeros(1, dtype=torch.double)
+        local = local.to(collectives.device)
         if math.isinf(norm_type):
             # Not every back end's maximum passes NaN on.
             largest = local.max()
@@ -56,14 +108,14 @@ def grad_norm(
         total = collectives.sum_scalar(local.pow(norm_type).sum())
         return total.pow(1.0 / norm_type).to(dtype)
     if not norms:
-        return torch.zeros((), dtype=dtype, device=device)
+        return torch.zeros((), dtype=dtype, device=collectives.device)
     combined: Tensor = torch.linalg.vector_norm(torch.stack(norms), norm_type)
     return combined.to(dtype)
 
 
 @torch.no_grad()
 def clip_grad_norm(
-    gradients: Sequence[Tensor],
+    gradients: Gradients,
     max_norm: float,
     norm_type: float,
     error_if_nonfinite: bool,
@@ -73,7 +125,7 @@ def clip_grad_norm(
     *,
     skipped: bool = False,
 ) -> Tensor:
-    """Scale gradients in place so that their norm is at most ``max_norm``, as ``torch.nn.utils.clip_grad_norm_``.
+    """Scale gradients so that their norm is at most ``max_norm``, as ``torch.nn.utils.clip_grad_norm_``.
 
     Where torch scales by a norm that is not finite, and so makes NaN of gradients and weights, gradients become zero.
 
@@ -111,17 +163,16 @@ def clip_grad_norm(
                 " clipping by it would make NaN of the weights. Look for NaN or Inf in data and losses.",
                 stacklevel=2,
             )
-            if gradients:
-                torch._foreach_zero_(list(gradients))
+            gradients.zero()
         return norm
-    factor = torch.clamp(max_norm / (norm + 1e-6), max=1.0)
-    if gradients and not bool(factor == 1.0):  # a pass over all gradients that multiplies by one is saved
-        torch._foreach_mul_(list(gradients), factor.to(gradients[0].device))
+    factor = float(torch.clamp(max_norm / (norm + 1e-6), max=1.0))
+    if factor != 1.0:  # a pass over all gradients that multiplies by one is saved
+        gradients.multiply(factor)
     return norm
 
 
 @torch.no_grad()
-def clip_grad_value(gradients: Sequence[Tensor], clip_value: float) -> None:
+def clip_grad_value(gradients: Gradients, clip_value: float) -> None:
     """Clamp gradients in place to ``[-clip_value, clip_value]``, as ``torch.nn.utils.clip_grad_value_``.
 
     Raises:
@@ -130,6 +181,6 @@ def clip_grad_value(gradients: Sequence[Tensor], clip_value: float) -> None:
     """
     if not clip_value > 0:  # NaN is not, either
         raise ValueError(f"Expected clip_value > 0, got {clip_value}.")
-    if gradients:
-        torch._foreach_clamp_min_(list(gradients), -clip_value)
-        torch._foreach_clamp_max_(list(gradients), clip_value)
+    if tensors := gradients.tensors():
+        torch._foreach_clamp_min_(tensors, -clip_value)
+        torch._foreach_clamp_max_(tensors, clip_value)

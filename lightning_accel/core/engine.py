@@ -15,11 +15,9 @@ from __future__ import annotations
 
 import contextlib
 import os
-import warnings
 import weakref
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
-from functools import partial
 from typing import Any
 
 import torch
@@ -32,6 +30,8 @@ from lightning_accel.core.arrivals import Arrivals
 from lightning_accel.core.clipping import clip_grad_norm, clip_grad_value, grad_norm
 from lightning_accel.core.collectives import Collectives
 from lightning_accel.core.dtypes import Dtypes
+from lightning_accel.core.hooks import GradientHooks, hang_on_module
+from lightning_accel.core.loss_weight import LossWeights
 from lightning_accel.core.materialise import InitFn, Materialiser, has_meta
 from lightning_accel.core.memory import keep_freed_memory
 from lightning_accel.core.mesh import Mesh, ranks_of_node
@@ -43,7 +43,7 @@ from lightning_accel.core.pool import BufferPool
 from lightning_accel.core.reduction import Reduction
 from lightning_accel.core.registry import engines_of, register
 from lightning_accel.core.report import Report, StepCounts, measure
-from lightning_accel.core.residency import Hook, Residency
+from lightning_accel.core.residency import Residency
 from lightning_accel.core.roster import Roster
 from lightning_accel.core.structure import Structure, is_compiled
 from lightning_accel.core.unit import Unit
@@ -153,7 +153,8 @@ class Engine:
         self._buffers = BufferVersions(module)
         self._reduction = Reduction(self.row, self._roster, self.collectives, self._buffers)
         self._arrivals = Arrivals(self.mesh.shard, self._note_compiled)
-        self._hooks: dict[nn.Parameter, Any] = {}
+        self._weights = LossWeights(self.collectives)
+        self._hooks = GradientHooks(self)
         self._counts = StepCounts()
         self._stale = True  # units do not match the optimizers, or what is trainable
         self._closed = False
@@ -164,15 +165,7 @@ class Engine:
         """How many backwards there were."""
         self._watchers: list[weakref.WeakMethod[Callable[[], None]]] = []  # told of new layouts
         if dtypes.param is not None and not self._residency.is_active:
-            # What the first forward computes with must be rounded already, even if nobody has announced it.
-            hooks = [
-                module.register_forward_pre_hook(Hook(partial(_before_forward, weakref.ref(self))), prepend=True),
-                module.register_state_dict_pre_hook(  # type: ignore[no-untyped-call]
-                    Hook(partial(_warn_of_rounded, weakref.ref(self)))
-                ),
-            ]
-            for hook in hooks:
-                self.at_close.callback(hook.remove)
+            hang_on_module(self)
         register(self)
 
     # ------------------------------------------------------------------ set-up
@@ -246,15 +239,7 @@ class Engine:
         self._reduction.relearn()
         if self._residency.is_active:
             self._residency.attach(self.units)
-        current = self._roster.places
-        for parameter in [p for p in self._hooks if p not in current]:
-            self._hooks.pop(parameter).remove()
-        for parameter in current:
-            if parameter.requires_grad and parameter not in self._hooks:
-                # Weak: torch keeps these hooks where gc cannot follow, and would keep what they refer to for ever.
-                self._hooks[parameter] = parameter.register_post_accumulate_grad_hook(  # type: ignore[no-untyped-call]
-                    partial(_gradient_arrived, weakref.ref(self))
-                )
+        self._hooks.attach(self._roster.places)
         for watcher in self._watchers:
             if (told := watcher()) is not None:
                 told()
@@ -297,9 +282,7 @@ class Engine:
         else:
             self._residency.before_update("the end")  # others may read this rank's parts until here
         self.wait()
-        for hook in self._hooks.values():
-            hook.remove()
-        self._hooks.clear()
+        self._hooks.remove()
         self._roster.views.clear()  # they keep the memory of units
         for unit in self.units:
             unit.release(abandon=abandon)
@@ -422,12 +405,40 @@ class Engine:
         """``loss.backward(**kwargs)``, with gradients reduced as the row says.
 
         Args:
-            loss: This rank's loss. Gradients are averaged over ranks.
+            loss: This rank's loss. Gradients are averaged over ranks, or over what ``set_loss_weight`` counts.
             kwargs: As for ``Tensor.backward``.
 
         """
+        loss = self.weigh(loss)
         with self.backward_context():
             loss.backward(**kwargs)  # type: ignore[no-untyped-call]
+
+    def set_loss_weight(self, weight: float | Tensor) -> None:
+        """Say how much the loss of the next backward counts: how many tokens, say, it is the mean of.
+
+        With weights, the gradients that an optimizer steps with are those of the weighted mean of all losses since the
+        last step, of all ranks: of one loss on all batches in one. So losses must not be divided by the number of
+        micro-batches. Every loss that an optimizer gets gradients from must have a weight then. Only their ratios
+        matter. A batch on which the loss is undefined (no token of it counts) has weight 0, on which NaN is left out.
+
+        Args:
+            weight: A number, or a tensor of one.
+
+        Raises:
+            ValueError: If it is not finite, or negative.
+
+        """
+        self._weights.set(weight)
+
+    @property
+    def loss_weight(self) -> float | None:
+        """What ``set_loss_weight`` has set for the next backward."""
+        return self._weights.next
+
+    def weigh(self, loss: Tensor) -> Tensor:
+        """A loss times its weight, if it has one: what is to be differentiated within ``backward_context``."""
+        weight = self._weights.next
+        return loss if weight is None else loss * weight
 
     @contextmanager
     def backward_context(self) -> Iterator[None]:
@@ -437,23 +448,34 @@ class Engine:
         self._refresh()
         for unit in self.units:
             unit.hide()
+        counts = self._weights.begin(self.optimizers)
+        for unit in self.units:
+            unit.is_muted = not counts
         self._in_backward = True
         self.backwards += 1
         self._reduction.begin(boundary=self._synchronise)
         try:
             with self._residency.backward():
                 yield
-            self._reduction.finish()
+            told = self._reduction.finish(self._weights.end(self.optimizers))
             if self._residency.is_active:
                 self.mesh.trim()  # rows that are chosen for their memory keep none that the next backward can take anew
             for unit in self.units:
                 unit.learn()
                 unit.show()
+            self._in_backward = False
+            if told:
+                self._weights.agreed(self.optimizers, told, boundary=self._synchronise)
         except BaseException:
             self._broken = True
             raise
         finally:
             self._in_backward = False
+
+    @property
+    def is_boundary(self) -> bool:
+        """Whether an optimizer step may follow the next backward: unless this is within ``no_sync``."""
+        return self._synchronise
 
     @contextmanager
     def no_sync(self) -> Iterator[None]:
@@ -470,7 +492,13 @@ class Engine:
             self._synchronise, self._residency.holds = before
 
     @torch.no_grad()
-    def _on_gradient(self, parameter: nn.Parameter) -> None:
+    def gradient_arrived(self, parameter: nn.Parameter) -> None:
+        """Called by autograd when ``parameter.grad`` is there.
+
+        Raises:
+            RuntimeError: If it is not one that can be reduced.
+
+        """
         gradient, parameter.grad = parameter.grad, None
         assert gradient is not None
         unit, position = self._roster.places[parameter]
@@ -573,7 +601,7 @@ class Engine:
         """
         added = self.find_optimizer(optimizer)
         return clip_grad_norm(
-            added.gradients(),
+            added.gradients,
             float(max_norm),
             float(norm_type),
             error_if_nonfinite,
@@ -592,7 +620,7 @@ class Engine:
 
         """
         added = self.find_optimizer(optimizer)
-        return grad_norm(added.gradients(), float(norm_type), added.sharded, self.mesh.shard, added.norm_dtype)
+        return grad_norm(added.gradients, float(norm_type), added.sharded, self.mesh.shard, added.norm_dtype)
 
     def clip_grad_value_(self, optimizer: Optimizer, clip_value: float) -> None:
         """Clamp the gradients of an optimizer's parameters, as ``torch.nn.utils.clip_grad_value_``.
@@ -601,7 +629,7 @@ class Engine:
             ValueError: If ``clip_value`` is not positive, or the optimizer was not added.
 
         """
-        clip_grad_value(self.find_optimizer(optimizer).gradients(), float(clip_value))
+        clip_grad_value(self.find_optimizer(optimizer).gradients, float(clip_value))
 
     def full_gradient(self, parameter: nn.Parameter) -> Tensor | None:
         """A copy of a parameter's whole reduced gradient, or None if it has none. All ranks must call this together.
@@ -622,30 +650,3 @@ class Engine:
     def report(self) -> Report:
         """Bytes at rest by kind of state, and what the last optimizer step sent, as really allocated and sent."""
         return measure(self, self._counts, self._pool.peak_bytes, self._roster.gauge.peak)
-
-
-def _gradient_arrived(engine: weakref.ref[Engine], parameter: nn.Parameter) -> None:
-    found = engine()
-    if found is None:
-        raise RuntimeError(
-            "Expected the engine of a model that is trained to be kept, but nothing refers to it any more. Keep the"
-            " engine, an optimizer that was given to it, or what fabric.setup returned."
-        )
-    found._on_gradient(parameter)
-
-
-def _before_forward(reference: weakref.ref[Engine], *_: Any) -> None:
-    engine = reference()
-    if engine is not None:
-        engine.before_forward()
-
-
-def _warn_of_rounded(reference: weakref.ref[Engine], *_: Any) -> None:
-    engine = reference()
-    if engine is not None and any(u.memory.has_master and not u.memory.shows_master for u in engine.units):
-        warnings.warn(
-            "state_dict() has the values that mixed precision computes with, rounded to 16 bits. To save precise ones"
-            " call it, on every rank, within `with engine.full_parameters():` (the engine is trainer.strategy.engine,"
-            " or lightning_accel.engine_of(model)), or use trainer.save_checkpoint(...) or fabric.save(...).",
-            stacklevel=4,
-        )

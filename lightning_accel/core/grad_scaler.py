@@ -4,8 +4,8 @@
 
     scale      loss times the scale
     backward   gradients times the scale are reduced
-    unscale_   one pass over this rank's few flat gradients divides them and finds Inf and NaN on the way;
-               one number travels: did any rank find one?
+    unscale_   one pass over this rank's few flat gradients finds Inf and NaN, and the norm that clipping wants;
+               one number travels: did any rank find one? They are divided at the step, see core/gradients.py
     step       skipped on all ranks, or on none
     update     a new scale, from verdicts that all ranks share
 
@@ -168,14 +168,22 @@ class GradScaler:
                 " common_verdict=False."
             )
         if isinstance(side, EngineOptimizer):
-            found = _unscale(side.gradients(), self._scale.value)
             world = side.engine.mesh.world
-            overflow = bool(world.sum_scalar(found.to(world.device), maximum=True))  # see [Note: the verdict]
+            found = torch.full((1,), self._divide(side), dtype=torch.float32, device=world.device)
+            overflow = bool(world.sum_scalar(found, maximum=True))  # see [Note: the verdict]
             side.overflowed = overflow
         else:
             shown = [p.grad for group in side.param_groups for p in group["params"] if p.grad is not None]
             overflow = bool(_unscale(shown, self._scale.value))
         self._checked[side] = _Checked(overflow, backwards)
+
+    def _divide(self, side: EngineOptimizer) -> bool:
+        """Divide an optimizer's gradients; whether any of this rank's is not finite."""
+        if not side.gradients.are_deferred:
+            return bool(_unscale(side.gradients.tensors(), self._scale.value))
+        for unit in side.used_units:
+            _require_range(unit.memory.master_dtype)
+        return not side.gradients.divide(self._scale.value)
 
     def step(self, optimizer: Optimizer, *args: Any, **kwargs: Any) -> Any:
         """``optimizer.step(*args, **kwargs)``, unless gradients have overflowed. For all ranks, together.
@@ -207,6 +215,8 @@ class GradScaler:
         others = [other for other in self._checked.values() if self._common_verdict and not other.counted]
         if any(verdict.overflow for verdict in [checked, *others]):
             self.skipped_steps += 1
+            if isinstance(side, EngineOptimizer):
+                side.window.is_over = True
             return None
         return inner.step(**kwargs)
 
@@ -263,16 +273,20 @@ def _side(optimizer: Optimizer) -> EngineOptimizer | Optimizer:
     return getattr(optimizer, "_engine_optimizer", optimizer)
 
 
+def _require_range(dtype: torch.dtype, layout: torch.layout = torch.strided) -> None:
+    if layout is not torch.strided or dtype is torch.float16:
+        raise ValueError(
+            f"Expected dense gradients of more range than float16 to unscale, got {dtype}, {layout}. Keep parameters in"
+            " float32 and compute under torch.autocast."
+        )
+
+
 @torch.no_grad()
 def _unscale(gradients: Sequence[Tensor], scale: float) -> Tensor:
     """Divide gradients in place; returns, as a tensor of one element, whether any of theirs is not finite."""
     alike: defaultdict[tuple[torch.device, torch.dtype], list[Tensor]] = defaultdict(list)
     for gradient in gradients:
-        if gradient.layout is not torch.strided or gradient.dtype is torch.float16:
-            raise ValueError(
-                f"Expected dense gradients of more range than float16 to unscale, got {gradient.dtype},"
-                f" {gradient.layout}. Keep parameters in float32 and compute under torch.autocast."
-            )
+        _require_range(gradient.dtype, gradient.layout)
         real = torch.view_as_real(gradient) if gradient.is_complex() else gradient
         alike[real.device, real.dtype].append(real)
     verdicts = []

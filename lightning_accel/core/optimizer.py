@@ -27,6 +27,8 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from lightning_accel.core import optimizer_state
+from lightning_accel.core.gradients import RestingGradients
+from lightning_accel.core.loss_weight import Window
 from lightning_accel.core.placement import Rest
 from lightning_accel.core.segment import Segment
 from lightning_accel.core.unit import Content, Unit
@@ -94,6 +96,10 @@ class EngineOptimizer:
         self._original_load = optimizer.load_state_dict
         self._original_add_group = optimizer.add_param_group
         self._original_unscaling = getattr(optimizer, "_step_supports_amp_scaling", None)
+        self.gradients = RestingGradients(self)
+        """What it is to step with."""
+        self.window = Window()
+        """What they were accumulated from."""
         self.overflowed = False
         """Whether a gradient scaler has found that the gradients are not finite: it will skip their step."""
         self._install()
@@ -211,16 +217,6 @@ class EngineOptimizer:
         self._require_owned([{"params": [p for p in members if p not in then]} for members in current])
         self._members = current
         self.engine.mark_stale()
-
-    def _require_reduced(self) -> None:
-        for unit in self._units:
-            for position, content in enumerate(unit.content):
-                if content is Content.LOCAL or (content is Content.REDUCED and unit.is_inside):
-                    raise RuntimeError(
-                        f"Expected reduced gradients, but that of {unit.names[position]!r} was accumulated without"
-                        " synchronisation (no_sync) only. Run the last backward before optimizer.step() or clipping"
-                        " outside of no_sync."
-                    )
 
     # ------------------------------------------------------------------ set-up
 
@@ -362,7 +358,8 @@ class EngineOptimizer:
         finally:
             self.optimizer._optimizer_step_pre_hooks = before
             self.optimizer._optimizer_step_post_hooks = hooks
-        self.engine.after_step(self)
+        self.gradients.end_step()
+        self._finish_step()
         for hook in hooks.values():
             hook(self.optimizer, (), kwargs)
         return loss
@@ -379,14 +376,18 @@ class EngineOptimizer:
             result = self._original_step(**kwargs)
         else:
             result = self._original_step(checked, **kwargs)
-        self.engine.after_step(self)
+        self._finish_step()
         return result
+
+    def _finish_step(self) -> None:
+        self.window.is_over = True
+        self.engine.after_step(self)
 
     def _prepare(self) -> None:
         self.engine.before_step()
         for unit in self._units:
             unit.reconcile()
-        self._require_reduced()
+        self.gradients.require_reduced()
         for unit in self._units:
             unit.show()  # a gradient that was assigned by hand now lies in its slot
 
@@ -413,14 +414,15 @@ class EngineOptimizer:
                 group["params"] = [segment.tensor for segment in active if segment.group == index]
             for group in unfused:
                 group["fused"] = True
-            for segment in active:
-                segment.bring()
             # A group that has nothing here must not reach an optimizer that takes groups to be non-empty.
             self.optimizer.param_groups = [group for group in groups if group["params"]]
-            if active:
-                self._original_step(**kwargs)
-            else:
-                self.optimizer._opt_called = True  # type: ignore[attr-defined]  # what LR schedulers look at
+            with self.gradients.multiplied(active):
+                for segment in active:
+                    segment.bring()
+                if active:
+                    self._original_step(**kwargs)
+                else:
+                    self.optimizer._opt_called = True  # type: ignore[attr-defined]  # what LR schedulers look at
         finally:
             self.optimizer.param_groups = groups
             for group, parameters in zip(groups, shown, strict=True):
@@ -439,29 +441,6 @@ class EngineOptimizer:
             for key, value in values.items():
                 if isinstance(value, Tensor):
                     values[key] = self._offload.keep(value)
-
-    def gradients(self) -> list[Tensor]:
-        """This rank's reduced gradients as few 1-D tensors.
-
-        Each element of each gradient is on one rank where optimizer state rests sharded, on every rank otherwise.
-
-        Raises:
-            RuntimeError: If gradients were accumulated but not reduced.
-
-        """
-        self.engine.before_step()
-        for unit in self._units:
-            unit.reconcile()
-        self._require_reduced()
-        for unit in self._units:
-            unit.show()  # else the step would take over again what was assigned by hand, unclipped
-        found = []
-        for unit in self._units:
-            labelled = [
-                (0, piece) for piece in unit.layout.pieces(*unit.part) if unit.content[piece.slot] is Content.REDUCED
-            ]
-            found += [unit.local_gradient(start, stop) for start, stop in Segment.ranges(labelled)]
-        return found
 
     @property
     def norm_dtype(self) -> torch.dtype:

@@ -31,6 +31,8 @@ for nobody else in that backward, and borrows as many buffers as it takes.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 
 from lightning_accel.core.agreement import BufferVersions, broadcast_tensors
@@ -131,17 +133,25 @@ class Reduction:
             )
 
     @torch.no_grad()
-    def finish(self) -> None:
-        """Bring all reductions of this backward to their end and agree with the other ranks on what there is now."""
+    def finish(self, told: Sequence[bool]) -> list[bool]:
+        """Bring all reductions of this backward to their end and agree with the other ranks on what there is now.
+
+        Args:
+            told: More that the ranks are to agree on.
+
+        Returns:
+            What any rank has told; nothing if this backward does not reduce.
+
+        """
         if not self.is_active:
-            return
+            return []
         units = self._roster.units
         while self._next < len(self._active):
             self._launch_next()
         self._check_pattern()
         flags = [flag for unit in units for flag in unit.contributes]
         late = [unit.is_late for unit in units]
-        message = torch.tensor(flags + late + self._buffers.changed(), dtype=torch.uint8)
+        message = torch.tensor([*flags, *late, *told, *self._buffers.changed()], dtype=torch.uint8)
         agreed = [bool(flag) for flag in self._world.agree(message).tolist()]
         used: dict[Unit, list[bool]] = {}
         for unit in units:
@@ -152,7 +162,8 @@ class Reduction:
             self._in_flight.pop(0).finish()
         for unit in self._active:
             unit.settle(used[unit])
-        late, changed = agreed[: len(units)], agreed[len(units) :]
+        late, agreed = agreed[: len(units)], agreed[len(units) :]
+        told, changed = agreed[: len(told)], agreed[len(told) :]
         for unit, is_late in zip(units, late, strict=True):
             if is_late:
                 unit.reduce_late(boundary=self._boundary)
@@ -162,6 +173,7 @@ class Reduction:
         if self._completed is not None and any(any(flags) for flags in used.values()):
             self._learn_order(self._completed)
             self._completed = None
+        return told
 
     def _learn_order(self, completed: list[Unit]) -> None:
         """Launch in the order in which rank 0 completed units from now on. See [Note: fixed order]."""

@@ -47,6 +47,11 @@ class Segment:
     def _is_copied(self) -> bool:
         return self.on_host and not is_on_host(self._values)
 
+    @property
+    def copies_gradient(self) -> bool:
+        """Whether the optimizer steps with a copy of the gradient."""
+        return self.on_host and not is_on_host(self.unit.flat)
+
     def bring(self) -> None:
         """Have the values and the reduced gradient where the optimizer updates them."""
         gradient = self.unit.local_gradient(self.start, self.stop)
@@ -54,7 +59,7 @@ class Segment:
             gradient = gradient.as_strided(self._values.shape, self._values.stride())
         if self._is_copied:
             self.tensor.data = _to_host(self._values)
-        self.tensor.grad = _to_host(gradient) if self.on_host and not is_on_host(gradient) else gradient
+        self.tensor.grad = _to_host(gradient) if self.copies_gradient else gradient
 
     def put_back(self) -> None:
         """Have updated values where they rest."""

@@ -118,6 +118,8 @@ class Unit:
         self._kept: set[int] = set()
         self._inside = False  # see [Note: one copy's sum]
         self.writes = 0
+        self.is_muted = False
+        """Whether arriving gradients count as zeros."""
 
         self.memory = ParameterMemory(self.parameters, self.names, layout, row, mesh.shard, gauge, on_host, dtype)
         self._rest_dtype = self.memory.master_dtype
@@ -134,6 +136,10 @@ class Unit:
         self._borrowed: Tensor | None = None
         self._grad_views: list[Tensor] = []
         self.rest: Tensor | None = None
+        self.factor = 1.0
+        """What reduced gradients are still to be multiplied by. See core/gradients.py."""
+        self.edits = 0
+        """How often the user has changed what rests."""
         self._placeholders: dict[int, ShardedGradient] = {}
 
     # ------------------------------------------------------------------ memory
@@ -173,6 +179,7 @@ class Unit:
         self._kept.clear()
         self.grad = self.rest = self._aside = None
         self._grad_views = []
+        self.factor = 1.0
 
     def _open_buffers(self) -> None:
         """Have a full-size gradient buffer and a resting place."""
@@ -217,6 +224,7 @@ class Unit:
         if resting and all(parameter.grad is None for parameter in self.parameters):
             self.reconcile()
             self.rest = None
+            self.factor = 1.0
 
     def _is_view(self, shown: Tensor, position: int) -> bool:
         return bool(self._grad_views) and shown is self._grad_views[position]
@@ -227,6 +235,8 @@ class Unit:
             raise ValueError(f"Expected a dense gradient of {self.names[position]!r}, got layout {value.layout}.")
         if Content.REDUCED not in self.content:
             self._inside = False
+        self.apply_factor()
+        self.edits += 1
         self._open_buffers()
         assert self.rest is not None
         slot = self.layout.slots[position]
@@ -246,11 +256,20 @@ class Unit:
     def hide(self) -> None:
         """Set every ``parameter.grad`` to None for backward. See [Note: one write per gradient]."""
         self.reconcile()
+        self.apply_factor()
         for parameter in self.parameters:
             parameter.grad = None
         self.phase = Phase.FILLING
         self.arrivals = [0] * len(self.parameters)
         self._missing = sum(parameter.requires_grad for parameter in self.parameters)
+
+    def apply_factor(self) -> None:
+        """Multiply reduced gradients by what they are still to be multiplied by."""
+        if self.factor != 1.0 and Content.REDUCED in self.content:
+            assert self.rest is not None
+            assert Content.LOCAL not in self.content, "factors are for what is about to be stepped with"
+            self.rest.mul_(self.factor)
+        self.factor = 1.0
 
     def show(self) -> None:
         """Set every ``parameter.grad`` to what its slot holds."""
@@ -275,6 +294,7 @@ class Unit:
 
     def zero_gradient(self, position: int) -> None:
         """Set the reduced gradient of one parameter to zero where it rests."""
+        self.edits += 1
         assert self.rest is not None
         start, _ = self.part
         slot = self.layout.slots[position]
@@ -294,6 +314,8 @@ class Unit:
         """
         self.arrivals[position] += 1
         if self.phase is not Phase.FILLING:
+            if self.is_muted:
+                return False
             gradient = gradient * self._scale
             late = self._late.get(position)
             self._late[position] = gradient if late is None else late.add_(gradient)
@@ -302,7 +324,10 @@ class Unit:
         if self.content[position] is Content.REDUCED:
             self._leave_rest()
         view = self._grad_views[position]
-        if self.content[position] is Content.LOCAL:
+        if self.is_muted:
+            if self.content[position] is not Content.LOCAL:
+                view.zero_()
+        elif self.content[position] is Content.LOCAL:
             view.add_(gradient, alpha=self._scale)
         elif self._scale == 1.0:
             view.copy_(gradient)
@@ -503,7 +528,7 @@ class Unit:
             return None
         assert self.rest is not None
         full = torch.zeros(self.layout.total, dtype=self._rest_dtype, device=self.flat.device)
-        full[slice(*self.part)] = self.rest
+        full[slice(*self.part)] = self.rest * self.factor
         if self._row.gradients is Rest.SHARDED:
             self._mesh.shard.all_gather(full, self.layout).wait()
         return self.view(full, position).clone()

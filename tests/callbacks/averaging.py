@@ -12,7 +12,6 @@ from lightning.pytorch import callbacks as lightning_callbacks
 from models import FLOAT64, ROWS, Regression, alone, assert_close, loader, trainer, values
 from torch import Tensor, nn
 
-from harness import Ranks
 from lightning_accel import callbacks as our_callbacks
 from lightning_accel.strategies import AccelFSDPStrategy
 
@@ -110,13 +109,6 @@ def fit(
     }
     make(strategy, **settings).fit(module, loader(), loader(size=16), ckpt_path=ckpt_path)
     return everything(module), recording.losses, recording.rates
-
-
-def on(strategy: str, ranks: Ranks, function: Callable[..., Any], *arguments: Any, **more: Any) -> list[Any]:
-    """Call in pytest's process for "auto", on all ranks for a row."""
-    if strategy == "auto":
-        return [function(*arguments, **more)]
-    return ranks.run(function, *arguments, **more)
 
 
 def assert_same(actual: Any, expected: Any, tolerance: float = FLOAT64) -> None:

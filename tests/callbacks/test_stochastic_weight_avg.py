@@ -9,8 +9,8 @@ from typing import Any
 import lightning.pytorch as pl
 import pytest
 import torch
-from averaging import CONTINUATIONS, Counting, assert_same, everything, fit, library, make, on
-from models import ROWS, assert_close, loader, trainer
+from averaging import CONTINUATIONS, Counting, assert_same, everything, fit, library, make
+from models import ROWS, assert_close, loader, on, trainer
 from torch import Tensor
 
 from harness import Ranks

@@ -9,8 +9,8 @@ from typing import Any
 import lightning.pytorch as pl
 import pytest
 import torch
-from averaging import CONTINUATIONS, EPOCHS, Counting, Recording, assert_same, everything, fit, library, make, on
-from models import ROWS, ArriveLate, assert_close, loader, trainer
+from averaging import CONTINUATIONS, EPOCHS, Counting, Recording, assert_same, everything, fit, library, make
+from models import ROWS, ArriveLate, assert_close, loader, on, trainer
 from torch.optim.swa_utils import get_ema_avg_fn, get_ema_multi_avg_fn
 
 from harness import Ranks, RanksError

@@ -9,12 +9,11 @@ from torch import nn
 from torch._dynamo.backends.registry import lookup_backend
 
 from core.test_recompute import Deep, RichNet
-from core.toys import Net, Tanh, adamw, build, data, my_share, relative_error, values
+from core.toys import EXACT, Net, Tanh, adamw, build, data, my_share, relative_error, values
 from lightning_accel.core import Engine
 from lightning_accel.core.recompute import recompute
 from rows import everyday
 
-EXACT = 1e-12  # double precision; see test_engine.py
 ROWS = ["ddp", "zero2", "fsdp", "fsdp_partial"]
 STYLES = ["units", "units, whole graphs", "wrapped blocks", "model", "model in place"]
 STEPS = 3

@@ -1,14 +1,14 @@
-"""The schedule: what is reduced, gathered and agreed on, and that the numbers are those of a single process."""
+"""The engine's numbers are those of a single process, and its mistakes have clear errors."""
 
-import contextlib
+from unittest import mock
 
 import pytest
 import torch
 import torch.distributed as dist
 from torch import nn
-from torch.utils.checkpoint import checkpoint
 
 from core.toys import (
+    EXACT,
     ROW_NAMES,
     Net,
     adamw,
@@ -17,32 +17,27 @@ from core.toys import (
     data,
     mse,
     my_share,
+    prepared,
     relative_error,
     sgd,
+    started,
     train,
     train_alone,
     values,
 )
-from lightning_accel.core import ROWS, Engine, Rest
-from lightning_accel.core.layout import ALIGNMENT
-from lightning_accel.core.placeholder import ShardedGradient
-from lightning_accel.core.unit import Content
+from lightning_accel.core import Engine
+from lightning_accel.core.collectives import TorchCollectives
 from rows import everyday
 
-# Two runs in double precision that differ only in the order of sums: rounding gives about 1e-16, a bug far more.
-EXACT = 1e-12
+
+def alone_is_right():
+    module = build(Net)
+    train_alone(module, adamw(module.parameters()), 2, 1)
+    return relative_error(module.parameters(), build(Net).parameters())
 
 
-def started(row, make=Net, optimizer=adamw, **options):
-    module = build(make)
-    engine = Engine(module, row, **options)
-    made = optimizer([p for p in module.parameters() if p.requires_grad])
-    engine.add_optimizer(made)
-    engine.build()
-    return engine, made
-
-
-# ---------------------------------------------------------------- numbers
+def test_the_reference_itself_trains():
+    assert alone_is_right() > 1e-3
 
 
 @pytest.mark.parametrize("world", [1, 2, 3], indirect=True)
@@ -57,20 +52,30 @@ def test_one_unit_or_many_make_no_difference(ranks2, cap):
     assert max(ranks2.run(compare, Net, "zero2", bucket_cap_mb=cap)) < EXACT
 
 
-def many_groups(parameters):
-    listed = list(parameters)
-    return torch.optim.AdamW(
-        [
-            {"params": [p for p in listed if p.dim() > 1], "weight_decay": 0.1},
-            {"params": [p for p in listed if p.dim() == 1], "weight_decay": 0.0, "lr": 0.03},
-        ],
-        lr=0.01,
-    )
+def on_generic_collectives(row):
+    def connect(device, group=None):
+        return TorchCollectives(device, group, group)
+
+    with mock.patch("lightning_accel.core.agreement.connect", connect):
+        engine, optimizer = prepared(row, bucket_cap_mb=0.001)
+    assert type(engine.mesh.shard) is TorchCollectives
+    train(engine, optimizer, 3)
+    alone = build(Net)
+    reference = adamw(alone.parameters())
+    xs, ys = data(3, dist.get_world_size())
+    for x, y in zip(xs, ys, strict=True):
+        reference.zero_grad()
+        mse(alone, x, y).backward()
+        reference.step()
+    return relative_error(values(engine), alone.parameters())
 
 
 @pytest.mark.parametrize("row", everyday(ROW_NAMES))
-def test_parameter_groups(ranks3, row):
-    assert max(ranks3.run(compare, Net, row, many_groups)) < EXACT
+def test_the_generic_collectives_do_with_units_of_different_sizes(ranks2, row):
+    assert max(ranks2.run(on_generic_collectives, row)) < EXACT
+
+
+# ---------------------------------------------------------------------- parameters, layers and buffers
 
 
 class Odd(nn.Module):
@@ -141,271 +146,35 @@ def test_parameters_of_two_dtypes(ranks2, row):
         assert same
 
 
-def reentrant(module, x, y):
-    x = torch.tanh(module.first(x)).requires_grad_()
-    for _ in range(2):  # each block's gradient arrives in two parts
-        for block in module.blocks:
-            x = checkpoint(block, x, use_reentrant=True)
-    return ((module.last(x) - y) ** 2).mean()
-
-
-@pytest.mark.parametrize("row", everyday(ROW_NAMES))
-@pytest.mark.parametrize("accumulate", [1, 2])
-def test_gradients_that_arrive_in_parts(ranks2, row, accumulate):
-    assert max(ranks2.run(compare, Net, row, loss=reentrant, accumulate=accumulate, bucket_cap_mb=0.0005)) < EXACT
-
-
-def late_rounds(row):
-    engine, optimizer = started(row, bucket_cap_mb=0.0005)
-    counts = []
-    for _ in range(3):
-        train(engine, optimizer, 1, loss=reentrant)
-        kind = "all_reduce" if row == "ddp" else "reduce_scatter"
-        counts.append(engine.report().collectives[kind])
-    return len(engine.units), counts
-
-
-@pytest.mark.parametrize("row", everyday(ROW_NAMES))
-def test_late_gradients_cost_an_extra_reduction_once(ranks2, row):
-    for units, (first, second, third) in ranks2.run(late_rounds, row):
-        assert first > units
-        assert second == third == units
-
-
-def twice_backward(row, zero_between):
-    """Two backwards before one step, both reduced."""
-    ranks = dist.get_world_size()
-    alone, (xs, ys) = build(Net), data(8, ranks)
-    reference = sgd(alone.parameters())
-    engine, optimizer = started(row, optimizer=sgd, bucket_cap_mb=0.0005)
-    for i in range(0, 8, 2):
-        reference.zero_grad()
-        optimizer.zero_grad()
-        for j in (i, i + 1):
-            if zero_between and j > i:
-                reference.zero_grad(set_to_none=False)
-                optimizer.zero_grad(set_to_none=False)
-            mse(alone, xs[j], ys[j]).backward()
-            engine.backward(mse(engine.module, my_share(xs[j]), my_share(ys[j])))
-        reference.step()
-        optimizer.step()
-    return relative_error(values(engine), alone.parameters())
-
-
-@pytest.mark.parametrize("row", everyday(ROW_NAMES))
-@pytest.mark.parametrize("zero_between", [False, True])
-def test_several_reducing_backwards_add_up(ranks3, row, zero_between):
-    assert max(ranks3.run(twice_backward, row, zero_between)) < EXACT
-
-
-def without_zero_grad(row):
-    """torch's semantics: gradients that are not zeroed add up across steps."""
-    ranks = dist.get_world_size()
-    alone, (xs, ys) = build(Net), data(3, ranks)
-    reference = torch.optim.SGD(alone.parameters(), 0.01)
-    engine, optimizer = started(row, optimizer=lambda p: torch.optim.SGD(p, 0.01))
-    for x, y in zip(xs, ys, strict=True):
-        mse(alone, x, y).backward()
-        reference.step()
-        engine.backward(mse(engine.module, my_share(x), my_share(y)))
-        optimizer.step()
-    return relative_error(values(engine), alone.parameters())
-
-
-@pytest.mark.parametrize("row", everyday(ROW_NAMES))
-def test_gradients_that_are_not_zeroed_stay(ranks2, row):
-    assert max(ranks2.run(without_zero_grad, row)) < EXACT
-
-
-def no_sync_twice_then_sync(row):
-    """zero1's reduced gradients must survive local accumulation on top of them."""
-    ranks = dist.get_world_size()
-    alone, (xs, ys) = build(Net), data(4, ranks)
-    engine, optimizer = started(row, optimizer=sgd, bucket_cap_mb=0.0005)
-    reference = sgd(alone.parameters())
-    for i, synchronise in enumerate((True, False, False, True)):
-        mse(alone, xs[i], ys[i]).backward()
-        with contextlib.nullcontext() if synchronise else engine.no_sync():
-            engine.backward(mse(engine.module, my_share(xs[i]), my_share(ys[i])))
-    reference.step()
-    optimizer.step()
-    return relative_error(values(engine), alone.parameters())
-
-
-@pytest.mark.parametrize("row", everyday(ROW_NAMES))
-def test_local_gradients_on_top_of_reduced_ones(ranks3, row):
-    assert max(ranks3.run(no_sync_twice_then_sync, row)) < EXACT
-
-
-# --------------------------------------------------------- unused parameters
-
-
-class Branches(nn.Module):
+class Recurrent(nn.Module):
     def __init__(self):
         super().__init__()
-        self.first = nn.Linear(7, 13)
-        self.left = nn.Linear(13, 3)
-        self.right = nn.Linear(13, 3)
-        self.never = nn.Linear(13, 3)
+        self.lstm, self.last = nn.LSTM(7, 5, num_layers=2), nn.Linear(5, 3)
 
-    def forward(self, x, branch="left"):
-        return getattr(self, branch)(torch.tanh(self.first(x)))
+    def forward(self, x):
+        return self.last(self.lstm(x)[0])
 
 
-def branches(row, chosen, cap):
-    """Each rank takes the branch that ``chosen`` gives it for a step; the single process takes each for its samples."""
-    ranks, rank = dist.get_world_size(), dist.get_rank()
-    alone, (xs, ys) = build(Branches), data(len(chosen), ranks)
-    reference = adamw(alone.parameters())
-    engine, optimizer = started(row, Branches, bucket_cap_mb=cap)
-    names = [name.split(".")[0] for name, _ in engine.module.named_parameters()]
-    before = values(engine)
-    for x, y, step in zip(xs, ys, chosen, strict=True):
-        reference.zero_grad()
-        losses = [((alone(x[r::ranks], step[r]) - y[r::ranks]) ** 2).mean() for r in range(ranks)]
-        (sum(losses) / ranks).backward()
-        reference.step()
-        optimizer.zero_grad()
-        engine.backward(((engine.module(my_share(x), step[rank]) - my_share(y)) ** 2).mean())
-        for name, parameter in engine.module.named_parameters():
-            used = name.split(".")[0] in ("first", *step)
-            assert (parameter.grad is not None) == used, name
-        optimizer.step()
-    kept = [torch.equal(a, b) for a, b, name in zip(before, values(engine), names, strict=True) if name == "never"]
-    assert kept
-    assert all(kept)
-    state = optimizer.state_dict()["state"] if row == "ddp" or rank == 0 else optimizer.state_dict()
-    if rank == 0:
-        expected = reference.state_dict()["state"]
-        assert {k: v["step"] for k, v in state.items()} == {k: v["step"] for k, v in expected.items()}
-    return relative_error(values(engine), alone.parameters())
-
-
-@pytest.mark.parametrize("row", everyday(ROW_NAMES))
-@pytest.mark.parametrize("cap", [0.0005, 25])
-def test_unused_parameters_are_left_alone_and_partly_used_ones_averaged(ranks2, row, cap):
-    chosen = [("left", "left"), ("left", "right"), ("right", "right"), ("right", "left"), ("left", "left")]
-    assert max(ranks2.run(branches, row, chosen, cap)) < EXACT
-
-
-def backward_without_any_gradient(row):
-    """A loss that depends on no parameter on one rank: it must not leave the other one waiting."""
-    engine, optimizer = started(row)
-    x, y = data(1, dist.get_world_size())
-    loss = mse(engine.module, my_share(x[0]), my_share(y[0]))
-    if dist.get_rank() == 1:
-        loss = torch.zeros((), requires_grad=True) * 1.0
-    engine.backward(loss)
-    optimizer.step()
-    return values(engine)
-
-
-@pytest.mark.parametrize("row", everyday(ROW_NAMES))
-def test_a_rank_whose_loss_uses_no_parameter(ranks2, row):
-    ours, theirs = ranks2.run(backward_without_any_gradient, row)
-    assert relative_error(ours, theirs) == 0
-
-
-def progressive_freezing(row):
-    ranks = dist.get_world_size()
-    alone, (xs, ys) = build(Net), data(6, ranks)
-    reference = adamw(alone.parameters())
-    engine, optimizer = started(row, bucket_cap_mb=0.0005)
-    for i in range(6):
-        if i == 2:
-            alone.blocks[2].requires_grad_(False)
-            engine.module.blocks[2].requires_grad_(False)
-            alone.blocks[1].linear.bias.requires_grad_(False)
-            engine.module.blocks[1].linear.bias.requires_grad_(False)
+def recurrent(row):
+    engine, optimizer = prepared(row, Recurrent, sgd)
+    alone = build(Recurrent)
+    reference = sgd(alone.parameters())
+    xs, ys = data(4, dist.get_world_size())
+    for x, y in zip(xs, ys, strict=True):
         reference.zero_grad()
         optimizer.zero_grad()
-        mse(alone, xs[i], ys[i]).backward()
-        engine.before_forward()
-        engine.backward(mse(engine.module, my_share(xs[i]), my_share(ys[i])))
+        # One sample at a time: the recurrent layer takes the batch for a sequence.
+        (sum(mse(alone, a, b) for a, b in zip(x.split(1), y.split(1), strict=True)) / len(x)).backward()
+        mine = zip(my_share(x).split(1), my_share(y).split(1), strict=True)
+        engine.backward(sum(mse(engine.module, a, b) for a, b in mine) / len(my_share(x)))
         reference.step()
         optimizer.step()
     return relative_error(values(engine), alone.parameters())
 
 
 @pytest.mark.parametrize("row", everyday(ROW_NAMES))
-def test_parameters_that_are_frozen_on_the_way(ranks2, row):
-    assert max(ranks2.run(progressive_freezing, row)) < EXACT
-
-
-def thawing(row, make_optimizer):
-    ranks = dist.get_world_size()
-    alone, module, (xs, ys) = build(Net), build(Net), data(6, ranks)
-    for model in (alone, module):
-        model.blocks.requires_grad_(False)
-    reference = make_optimizer([p for p in alone.parameters() if p.requires_grad])
-    engine = Engine(module, row, bucket_cap_mb=0.0005)
-    optimizer = make_optimizer([p for p in module.parameters() if p.requires_grad])
-    engine.add_optimizer(optimizer)
-    engine.build()
-    frozen = engine.report().at_rest["frozen_parameters"]
-    for i in range(6):
-        if i == 3:
-            for model, made in ((alone, reference), (module, optimizer)):
-                model.blocks.requires_grad_(True)
-                made.add_param_group({"params": model.blocks.parameters(), "lr": 0.005})
-        reference.zero_grad()
-        optimizer.zero_grad()
-        mse(alone, xs[i], ys[i]).backward()
-        engine.before_forward()
-        engine.backward(mse(engine.module, my_share(xs[i]), my_share(ys[i])))
-        reference.step()
-        optimizer.step()
-    return relative_error(values(engine), alone.parameters()), frozen, engine.report().at_rest["frozen_parameters"]
-
-
-@pytest.mark.parametrize("row", everyday(ROW_NAMES))
-@pytest.mark.parametrize("make_optimizer", [adamw, torch.optim.Adafactor])
-def test_parameters_that_are_thawed_into_a_new_group(ranks2, row, make_optimizer):
-    for error, before, after in ranks2.run(thawing, row, make_optimizer):
-        assert error < EXACT
-        fraction = ROWS[row].parameters.fraction(2)
-        assert 0 <= before - 3 * (13 * 13 + 13) * 8 * fraction < 3 * ALIGNMENT * 8
-        assert after == 0
-
-
-# ------------------------------------------------------ several optimizers
-
-
-def two_optimizers(row):
-    """A GAN's alternation: each optimizer's parameters are toggled off while the other trains."""
-    ranks = dist.get_world_size()
-    alone, module, (xs, ys) = build(Net), build(Net), data(8, ranks)
-    parts = [lambda m: [*m.first.parameters(), *m.blocks.parameters()], lambda m: list(m.last.parameters())]
-    references = [adamw(part(alone)) for part in parts]
-    engine = Engine(module, row)
-    optimizers = [sgd(parts[1](module)), adamw(parts[0](module))][::-1]
-    references[1] = sgd(parts[1](alone))
-    for optimizer in optimizers:
-        engine.add_optimizer(optimizer)
-    for i in range(8):
-        which = i % 2
-        for model in (alone, module):
-            for index, part in enumerate(parts):
-                for parameter in part(model):
-                    parameter.requires_grad_(index == which)
-        references[which].zero_grad()
-        optimizers[which].zero_grad()
-        mse(alone, xs[i], ys[i]).backward()
-        engine.before_forward()
-        engine.backward(mse(module, my_share(xs[i]), my_share(ys[i])))
-        references[which].step()
-        optimizers[which].step()
-        for model in (alone, module):
-            model.requires_grad_(True)
-    return relative_error(values(engine), alone.parameters())
-
-
-@pytest.mark.parametrize("row", everyday(ROW_NAMES))
-def test_two_optimizers_that_take_turns(ranks2, row):
-    assert max(ranks2.run(two_optimizers, row)) < EXACT
-
-
-# ----------------------------------------------------------------- buffers
+def test_recurrent_layers(ranks2, row):
+    assert max(ranks2.run(recurrent, row)) < EXACT
 
 
 class Normed(nn.Module):
@@ -450,189 +219,60 @@ def test_buffers_follow_rank_0_as_under_torch_ddp(ranks2, row):
     assert sent == (8 + 8) * 8 + 8
 
 
-# --------------------------------------------------- counted, not hoped for
+# ---------------------------------------------------------------------- optimizers
 
 
-def counted(row, accumulate):
-    engine, optimizer = started(row, lambda: Net(64, 4), bucket_cap_mb=0.02)
-    train(engine, optimizer, 2, accumulate=accumulate)
-    report = engine.report()
-    size = sum(p.numel() * p.element_size() for p in engine.module.parameters())
-    padding = sum(unit.layout.padding * 8 for unit in engine.units)
-    blocks = sum(unit.block is not None for unit in engine.units)
-    apart = sum(unit.layout.total * 8 for unit in engine.units if unit.block is None)
-    return report, size, padding, len(engine.units), len(list(engine.module.parameters())), (blocks, apart)
-
-
-@pytest.mark.parametrize("world", [2, 3], indirect=True)
-@pytest.mark.parametrize("row", everyday(ROW_NAMES))
-@pytest.mark.parametrize("accumulate", [1, 4])
-def test_bytes_and_collectives_are_those_of_the_table(world, row, accumulate):
-    ranks = len(world.run(dist.get_rank))
-    for report, size, padding, units, parameters, (blocks, apart) in world.run(counted, row, accumulate):
-        theory = ROWS[row].wire_bytes(size, ranks, accumulate)
-        with_padding = ROWS[row].wire_bytes(size + padding, ranks, accumulate)
-        if row == "fsdp":  # what is in no block stays from forward to backward and is gathered once, not twice
-            with_padding -= apart * accumulate * (ranks - 1) / ranks
-        sent = dict(report.bytes_sent)
-        agree = sent.pop("agree")
-        assert sum(sent.values()) == with_padding
-        assert agree < 0.01 * theory
-        assert sum(sent.values()) - with_padding + theory <= 1.01 * theory
-
-        backwards = accumulate if ROWS[row].accumulating is Rest.SHARDED else 1
-        assert report.collectives.pop("agree") == 2 * backwards
-        gathers = {"fsdp": (units + blocks) * backwards, "fsdp_partial": units * backwards}.get(row, units)
-        expected = {"reduce_scatter": units * backwards, "all_gather": gathers}
-        if row == "ddp":
-            expected = {"all_reduce": units}
-        assert report.collectives == expected
-
-        # One write for each gradient that arrives, and nothing else outside of collectives.
-        assert report.copies == {"gradient_writes": parameters * accumulate}
-
-        rest = ROWS[row].rest_bytes(size, ranks)
-        assert abs(report.at_rest["parameters"] - report.padding["parameters"] - rest["parameters"]) <= padding
-        assert abs(report.at_rest["gradients"] - report.padding["gradients"] - rest["gradients"]) <= padding
-        # A shard's share of the padding may be elsewhere: at most the padding off. A step count a segment is extra.
-        assert abs(report.at_rest["optimizer_state"] - rest["optimizer_state"]) <= 2 * padding + 8 * 2 * units
-
-
-def whole_model_bytes(row):
-    engine, optimizer = started(row, lambda: Net(64, 4))
-    train(engine, optimizer, 2)
-    report = engine.report()
-    return report.at_rest, report.padding
-
-
-def test_the_ranks_shards_add_up_to_the_whole(ranks3):
-    reports = ranks3.run(whole_model_bytes, "zero2")
-    whole = sum(p.numel() for p in Net(64, 4).parameters()) * 8
-    assert sum(rest["gradients"] - padding["gradients"] for rest, padding in reports) == whole
-
-
-def pool_peak():
-    engine, optimizer = started("zero2", lambda: Net(64, 8), bucket_cap_mb=0.001)
-    train(engine, optimizer, 3)
-    largest = max(unit.flat.numel() * 8 for unit in engine.units)
-    return engine.report().transient, largest, len(engine.units)
-
-
-def test_zero2_borrows_no_more_than_three_units_of_gradients(ranks2):
-    for peak, largest, units in ranks2.run(pool_peak):
-        assert units > 6
-        # Two reductions under way and one unit that fills.
-        assert peak <= 3 * largest
-
-
-def overlap(row):
-    """Which units were launched before the last gradient arrived, and which were gathered at each block's forward."""
-    engine, optimizer = started(row, lambda: Net(16, 4), bucket_cap_mb=0.001)
-    train(engine, optimizer, 1)  # learn the order
-    launched, pending, before = [], [], len(engine._arrivals.waits)
-    engine.module.first.weight.register_hook(lambda _: launched.append(engine._reduction._next))
-    for block in engine.module.blocks:
-        block.register_forward_pre_hook(lambda *_: pending.append(len(engine._arrivals.waits)))
-    train(engine, optimizer, 1)
-    return launched, before, pending, len(engine.units)
+def many_groups(parameters):
+    listed = list(parameters)
+    return torch.optim.AdamW(
+        [
+            {"params": [p for p in listed if p.dim() > 1], "weight_decay": 0.1},
+            {"params": [p for p in listed if p.dim() == 1], "weight_decay": 0.0, "lr": 0.03},
+        ],
+        lr=0.01,
+    )
 
 
 @pytest.mark.parametrize("row", everyday(ROW_NAMES))
-def test_reductions_overlap_backward_and_gathers_overlap_forward(ranks2, row):
-    for launched, before, pending, units in ranks2.run(overlap, row):
-        assert units == 6
-        assert launched == [units - 1]  # all but the unit of the first layer were on their way
-        if row in ("ddp", "fsdp", "fsdp_partial"):
-            assert before == 0
-        else:
-            # Every unit was on its way after the step, and each was waited for only when forward came to it.
-            assert before == units
-            assert pending == [5, 4, 3, 2]
+def test_parameter_groups(ranks3, row):
+    assert max(ranks3.run(compare, Net, row, many_groups)) < EXACT
 
 
-def launch_order(row):
-    class Backwards(Net):
-        def forward(self, x):  # uses its blocks in the order opposite to that of registration
-            x = torch.tanh(self.first(x))
-            for block in reversed(self.blocks):
-                x = block(x)
-            return self.last(x)
-
-    engine, optimizer = started(row, Backwards, bucket_cap_mb=0.0005)
-    train(engine, optimizer, 2)
-    return [unit.name for unit in engine.units]
-
-
-def test_the_launch_order_is_learned_from_backward(ranks2):
-    ours, theirs = ranks2.run(launch_order, "zero2")
-    assert ours == theirs
-    assert [name for name in ours if name.startswith("blocks")] == ["blocks.0", "blocks.1", "blocks.2"]
-
-
-# --------------------------------------------------- what parameters show
-
-
-def shown(row):
-    engine, optimizer = started(row)
-    x, y = data(2, dist.get_world_size())
-    weight = engine.module.first.weight
-    with engine.no_sync():
-        engine.backward(mse(engine.module, my_share(x[0]), my_share(y[0])))
-    local = type(weight.grad)
-    engine.backward(mse(engine.module, my_share(x[1]), my_share(y[1])))
-    reduced = type(weight.grad)
-    full = engine.full_gradient(weight)
-    alone = build(Net)
-    for i in range(2):
-        mse(alone, x[i], y[i]).backward()
-    return local, reduced, float((full - alone.first.weight.grad).abs().max())
-
-
-def test_gradients_show_as_tensors_or_as_placeholders(ranks2):
-    for row, local, reduced in [
-        ("ddp", torch.Tensor, torch.Tensor),
-        ("zero1", torch.Tensor, ShardedGradient),
-        ("zero2", ShardedGradient, ShardedGradient),
-    ]:
-        for found in ranks2.run(shown, row):
-            assert found[:2] == (local, reduced)
-            assert found[2] < EXACT
-
-
-def assigned_by_hand(row):
-    engine, optimizer = started(row, optimizer=lambda p: torch.optim.SGD(p, 1.0))
-    with engine.full_parameters(engine.module.last):
-        before = engine.module.last.weight.detach().clone()
-    engine.module.last.weight.grad = torch.full_like(before, 0.5)
-    optimizer.step()
-    others = [p.grad for p in engine.module.first.parameters()]
-    with engine.full_parameters(engine.module.last):
-        return float((before - engine.module.last.weight - 0.5).abs().max()), others
+def two_optimizers(row):
+    """A GAN's alternation: each optimizer's parameters are toggled off while the other trains."""
+    ranks = dist.get_world_size()
+    alone, module, (xs, ys) = build(Net), build(Net), data(8, ranks)
+    parts = [lambda m: [*m.first.parameters(), *m.blocks.parameters()], lambda m: list(m.last.parameters())]
+    references = [adamw(part(alone)) for part in parts]
+    engine = Engine(module, row)
+    optimizers = [sgd(parts[1](module)), adamw(parts[0](module))][::-1]
+    references[1] = sgd(parts[1](alone))
+    for optimizer in optimizers:
+        engine.add_optimizer(optimizer)
+    for i in range(8):
+        which = i % 2
+        for model in (alone, module):
+            for index, part in enumerate(parts):
+                for parameter in part(model):
+                    parameter.requires_grad_(index == which)
+        references[which].zero_grad()
+        optimizers[which].zero_grad()
+        mse(alone, xs[i], ys[i]).backward()
+        engine.before_forward()
+        engine.backward(mse(module, my_share(xs[i]), my_share(ys[i])))
+        references[which].step()
+        optimizers[which].step()
+        for model in (alone, module):
+            model.requires_grad_(True)
+    return relative_error(values(engine), alone.parameters())
 
 
 @pytest.mark.parametrize("row", everyday(ROW_NAMES))
-def test_gradients_may_be_assigned_by_hand(ranks2, row):
-    for error, others in ranks2.run(assigned_by_hand, row):
-        assert error < EXACT
-        assert others == [None, None]
+def test_two_optimizers_that_take_turns(ranks2, row):
+    assert max(ranks2.run(two_optimizers, row)) < EXACT
 
 
-def set_to_none_by_hand(row):
-    engine, optimizer = started(row, optimizer=sgd)
-    train(engine, optimizer, 1)
-    before = values(engine)
-    for parameter in engine.module.parameters():
-        parameter.grad = None
-    optimizer.step()
-    return all(torch.equal(a, b) for a, b in zip(before, values(engine), strict=True))
-
-
-@pytest.mark.parametrize("row", everyday(ROW_NAMES))
-def test_a_gradient_set_to_none_is_not_stepped_with(ranks2, row):
-    assert all(ranks2.run(set_to_none_by_hand, row))
-
-
-# --------------------------------------------------------------- mistakes
+# ---------------------------------------------------------------------- mistakes
 
 
 def plain_backward(row):
@@ -748,24 +388,3 @@ def test_ranks_whose_models_differ_all_get_the_first_difference(ranks2, what, me
     for kind, text in ranks2.run_expecting_error(differing, what):
         assert kind == "ValueError"
         assert message in text
-
-
-def contents(row):
-    engine, optimizer = started(row)
-    train(engine, optimizer, 1)
-    return [content for unit in engine.units for content in unit.content]
-
-
-def test_after_a_step_gradients_stay_until_they_are_zeroed(ranks2):
-    for found in ranks2.run(contents, "zero2"):
-        assert set(found) == {Content.REDUCED}
-
-
-def alone_is_right():
-    module = build(Net)
-    train_alone(module, adamw(module.parameters()), 2, 1)
-    return relative_error(module.parameters(), build(Net).parameters())
-
-
-def test_the_reference_itself_trains():
-    assert alone_is_right() > 1e-3

@@ -173,7 +173,7 @@ def one_inf(row: str, fused: bool, clip: bool, **options: Any) -> tuple[list[Any
             loss = mse(module, my_share(xs[step]), my_share(ys[step]))
         engine.backward(scaler.scale(loss))
         if step == 1 and dist.get_rank() == dist.get_world_size() - 1:
-            sides[0].gradients()[-1][-1] = math.inf
+            sides[0].gradients.tensors()[-1][-1] = math.inf
         for optimizer in optimizers:
             if clip:
                 scaler.unscale_(optimizer)
@@ -311,7 +311,7 @@ def in_turn(row: str) -> list[Any]:
             loss = module(torch.ones(1, 1, dtype=torch.float64)).sum()
         engine.backward(scaler.scale(loss))
         if step == 1:
-            for gradient in engine.optimizers[1].gradients():  # none on ranks that have no part of it
+            for gradient in engine.optimizers[1].gradients.tensors():  # none on ranks that have no part of it
                 gradient.fill_(math.inf)
         for optimizer in optimizers * 2:  # a second time changes nothing
             scaler.unscale_(optimizer)

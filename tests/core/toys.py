@@ -14,6 +14,8 @@ from torch import Tensor, nn
 from lightning_accel.core import Engine
 
 ROW_NAMES = ["ddp", "zero1", "zero2", "fsdp", "fsdp_partial"]
+# Two runs in double precision that differ only in the order of sums: rounding gives about 1e-16, a bug far more.
+EXACT = 1e-12
 
 
 class Tanh(nn.Module):
@@ -90,6 +92,32 @@ def sgd(parameters: Any) -> torch.optim.Optimizer:
 
 def adamw(parameters: Any) -> torch.optim.Optimizer:
     return torch.optim.AdamW(parameters, lr=0.01, weight_decay=0.1)
+
+
+def prepared(
+    row: str,
+    make: Callable[[], nn.Module] = Net,
+    optimizer: Callable[[Any], torch.optim.Optimizer] = adamw,
+    **options: Any,
+) -> tuple[Engine, torch.optim.Optimizer]:
+    """A model under an engine and its optimizer. The engine is built when it is first used."""
+    module = build(make)
+    engine = Engine(module, row, **options)
+    made = optimizer(module.parameters())
+    engine.add_optimizer(made)
+    return engine, made
+
+
+def started(
+    row: str,
+    make: Callable[[], nn.Module] = Net,
+    optimizer: Callable[[Any], torch.optim.Optimizer] = adamw,
+    **options: Any,
+) -> tuple[Engine, torch.optim.Optimizer]:
+    """The same, with the engine built."""
+    engine, made = prepared(row, make, optimizer, **options)
+    engine.build()
+    return engine, made
 
 
 def train_alone(

@@ -6,9 +6,10 @@ Everything is float64 by default, so that what differs from a single process by 
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from contextlib import ExitStack
-from typing import Any
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 import lightning.pytorch as pl
 import torch
@@ -21,9 +22,15 @@ from lightning_accel.core.collectives import Pending, Published
 from lightning_accel.core.layout import Layout
 from lightning_accel.core.registry import engines_of
 
+if TYPE_CHECKING:  # a script that uses this file has no path to the harness
+    from harness import Ranks
+
 REPLICATED = ["ddp", "zero1", "zero2"]
 """Rows that have all parameters on every rank at all times: what reads or changes them between steps works there."""
 ROWS = [*REPLICATED, "fsdp", "fsdp_partial"]
+# Where a run can be stopped and where it can go on; "auto" is stock Lightning on one device.
+CONTINUATIONS = [*[(row, row) for row in ROWS], ("zero2", "ddp"), ("ddp", "zero1")]
+CONTINUATIONS += [*[(row, "auto") for row in ROWS], *[("auto", row) for row in ROWS]]
 FEATURES, OUTPUTS = 5, 3
 
 # float64 carries 53 bits: 1.1e-16 an operation. Some tens of steps, whose sums are taken in another order than in a
@@ -150,6 +157,18 @@ def alone(**arguments: Any) -> pl.Trainer:
     return trainer("auto", devices=1, **arguments)
 
 
+def make(strategy: str, **arguments: Any) -> pl.Trainer:
+    """A Trainer for a row in a rank, or for "auto" in pytest's process."""
+    return alone(**arguments) if strategy == "auto" else trainer(f"accel_{strategy}", **arguments)
+
+
+def on(strategy: str, ranks: Ranks, function: Callable[..., Any], *arguments: Any, **more: Any) -> list[Any]:
+    """Call in pytest's process for "auto", on all ranks for a row."""
+    if strategy == "auto":
+        return [function(*arguments, **more)]
+    return ranks.run(function, *arguments, **more)
+
+
 def arrive_late(engine: Engine) -> None:
     """Have gathered parameters be NaN until they are waited for: the slowest network there is."""
     all_gather = engine.collectives.all_gather
@@ -181,12 +200,29 @@ class ArriveLate(pl.Callback):
             arrive_late(engine)
 
 
+class SaveAtEnd(pl.Callback):
+    """Saves to one file, over what is there, at the end of each epoch."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+
+    def on_train_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        trainer.save_checkpoint(self.path)
+
+
 def values(module: nn.Module) -> dict[str, Tensor]:
     """Copies of all parameters; of whole ones, where they rest sharded and all ranks call this."""
     with ExitStack() as stack:
         for engine in engines_of(module):
             stack.enter_context(engine.full_parameters())
         return {name: parameter.detach().clone() for name, parameter in module.named_parameters()}
+
+
+def fit(strategy: str, ckpt_path: Any = None, **arguments: Any) -> dict[str, Tensor]:
+    """The whole parameters after Regression was trained on the loader's batches."""
+    module = Regression()
+    make(strategy, **arguments).fit(module, loader(), ckpt_path=ckpt_path)
+    return values(module)
 
 
 def assert_close(actual: Mapping[str, Tensor], expected: Mapping[str, Tensor], tolerance: float = FLOAT64) -> None:

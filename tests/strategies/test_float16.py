@@ -50,7 +50,7 @@ class Recorded(Regression):
 
     def on_after_backward(self) -> None:
         if self.bad_rank is not None and self.trainer.global_step == 1 and dist.get_rank() == self.bad_rank:
-            engine_of(self).optimizers[0].gradients()[-1][-1] = math.inf
+            engine_of(self).optimizers[0].gradients.tensors()[-1][-1] = math.inf
 
     def configure_gradient_clipping(self, optimizer: Any, gradient_clip_val: Any, **_: Any) -> None:
         if gradient_clip_val is None:
@@ -179,7 +179,7 @@ class Manual(Plain):
         first, second = self.optimizers()
         self.manual_backward(self.loss(batch))
         if batch_idx == 1 and dist.get_rank() == 1:
-            engine_of(self).optimizers[0].gradients()[-1][-1] = math.nan
+            engine_of(self).optimizers[0].gradients.tensors()[-1][-1] = math.nan
         before = self.net.blocks[0].linear.bias, self.net.last.bias
         before = [value.detach().clone() for value in before]
         for optimizer in (first, second):
@@ -344,7 +344,7 @@ def loop(strategy: str, bad: bool, clip: dict[str, Any]) -> tuple[list[dict[str,
     for step, (_, x, y) in enumerate(float32()):
         fabric.backward(nn.functional.mse_loss(model(x), y))
         if bad and step == 1 and dist.get_rank() == 1:
-            engine_of(net).optimizers[0].gradients()[-1][-1] = math.inf
+            engine_of(net).optimizers[0].gradients.tensors()[-1][-1] = math.inf
         if clip:
             norm = fabric.clip_gradients(model, optimizer, **clip)
             norms += [] if norm is None else [float(norm)]

@@ -1,0 +1,143 @@
+"""Losses that count by what they are means of: tokens, say, instead of ranks and micro-batches.
+
+[Note: weighted means]
+A loss that is the mean over n tokens is multiplied by n before its backward, so that what is added up over ranks and
+micro-batches is the gradient of the sum over all tokens. At the accumulation boundary the ranks add up how many these
+were (one number for each optimizer), and the gradients' factor becomes one over it. Under fp16 a weight enlarges
+gradients as the loss scale does, so the scale settles accordingly lower.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from lightning_accel.core.collectives import Collectives
+from lightning_accel.core.unit import Content
+
+if TYPE_CHECKING:
+    from lightning_accel.core.optimizer import EngineOptimizer
+
+
+@dataclass
+class Window:
+    """What one optimizer's gradients were accumulated from, on this rank."""
+
+    total: float = 0.0
+    """The sum of the weights of losses that it got gradients from."""
+    weighted: bool = False
+    """Whether any loss had a weight."""
+    unweighted: bool = False
+    """Whether any had none."""
+    normaliser: float = 1.0
+    """What gradients were multiplied by, to be a mean over the total."""
+    is_over: bool = False
+    """Whether the optimizer has stepped with them, or skipped its step."""
+
+
+class LossWeights:
+    """The weights of one engine's losses.
+
+    Args:
+        world: All ranks.
+
+    """
+
+    def __init__(self, world: Collectives) -> None:
+        self._world = world
+        self.next: float | None = None
+        """Of the loss of the next backward."""
+        self._now: float | None = None
+
+    def set(self, weight: float | Tensor) -> None:
+        """Have the loss of the next backward count so much.
+
+        Raises:
+            ValueError: If it is not one number, finite and not negative.
+
+        """
+        if isinstance(weight, Tensor) and weight.numel() != 1:
+            raise ValueError(f"Expected one number as the loss weight, got a tensor of shape {tuple(weight.shape)}.")
+        value = float(weight)
+        if not (math.isfinite(value) and value >= 0):
+            raise ValueError(
+                f"Expected the loss weight to be finite and not negative, got {value}. It says how many tokens or"
+                " samples a loss is the mean of."
+            )
+        self.next = value
+
+    def begin(self, optimizers: Sequence[EngineOptimizer]) -> bool:
+        """Call before backward, when ``parameter.grad`` is hidden.
+
+        Returns:
+            Whether the loss counts at all. If not, what backward computes may be NaN and must be left out.
+
+        Raises:
+            RuntimeError: If gradients that were stepped with are to be added to.
+
+        """
+        self._now, self.next = self.next, None
+        for added in optimizers:
+            window = added.window
+            units = added.used_units
+            if not (units or any(content is Content.LOCAL for unit in added.units for content in unit.content)):
+                added.window = Window()
+                continue
+            if window.is_over and (window.weighted or self._now is not None):
+                raise RuntimeError(
+                    "Expected gradients to be dropped between an optimizer step and the next backward when losses have"
+                    " weights, got some that are there still. Call optimizer.zero_grad(), with set_to_none=True."
+                )
+            if window.normaliser != 1.0:  # more is to come
+                for unit in units:
+                    assert unit.rest is not None
+                    unit.rest.mul_(1.0 / window.normaliser)
+                window.normaliser = 1.0
+        return self._now != 0.0
+
+    def end(self, optimizers: Sequence[EngineOptimizer]) -> list[bool]:
+        """Call when all gradients have arrived. Returns what the ranks are to agree on by a logical or."""
+        told = []
+        for added in optimizers:
+            window = added.window
+            if any(any(unit.arrivals) for unit in added.units):
+                window.total += self._now or 0.0
+                window.weighted |= self._now is not None
+                window.unweighted |= self._now is None
+            told += [window.weighted, window.unweighted]
+        return told
+
+    def agreed(self, optimizers: Sequence[EngineOptimizer], told: Sequence[bool], *, boundary: bool) -> None:
+        """Have what was accumulated be means. All ranks take part, with the same arguments.
+
+        Args:
+            optimizers: All of the engine's.
+            told: What any rank told in ``end``.
+            boundary: Whether an optimizer step may follow.
+
+        Raises:
+            RuntimeError: If some losses had weights and others had none; on every rank.
+
+        """
+        weighted = []
+        for added, some, others in zip(optimizers, told[::2], told[1::2], strict=True):
+            if some and others:
+                raise RuntimeError(
+                    "Expected all losses that are accumulated for an optimizer step, on all ranks, to have a weight or"
+                    f" none to have one, got both for a {type(added.optimizer).__name__}. Call"
+                    " engine.set_loss_weight(...) before every backward; a batch without a single token has weight 0."
+                )
+            if some:
+                weighted.append(added)
+        if not boundary or not weighted:
+            return
+        totals = torch.tensor([added.window.total for added in weighted], dtype=torch.double)
+        for added, total in zip(weighted, self._world.sum_scalar(totals.to(self._world.device)).tolist(), strict=True):
+            if total:  # else gradients are zero
+                added.window.normaliser = self._world.ranks / total
+                added.gradients.multiply(added.window.normaliser)
