@@ -12,6 +12,8 @@ __version__ = "0.1.0"
 
 # The engine itself needs torch alone.
 if find_spec("lightning") is not None:
+    from lightning_accel.plugins import AccelPrecision
     from lightning_accel.strategies import register
 
+    __all__ += ["AccelPrecision"]
     register()

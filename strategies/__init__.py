@@ -5,6 +5,7 @@ from lightning.pytorch.strategies import StrategyRegistry
 
 from lightning_accel.strategies import fabric
 from lightning_accel.strategies.ddp import AccelDDPStrategy
+from lightning_accel.strategies.float8 import offer_float8
 from lightning_accel.strategies.float16 import keep_float16_on_cpu
 from lightning_accel.strategies.fsdp import AccelFSDPStrategy
 from lightning_accel.strategies.standalone import refuse
@@ -21,4 +22,5 @@ def register() -> None:
     for twin in (fabric.AccelDDPStrategy, fabric.AccelZeROStrategy, fabric.AccelFSDPStrategy):
         twin.register_strategies(STRATEGY_REGISTRY)
     keep_float16_on_cpu(AccelStrategy, fabric.AccelFabricStrategy)
+    offer_float8(AccelStrategy, fabric.AccelFabricStrategy)
     refuse(name for name in StrategyRegistry if name.startswith("accel_"))

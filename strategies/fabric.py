@@ -29,7 +29,8 @@ from lightning_accel.core.offload import OffloadKind, require_offload
 from lightning_accel.core.partition import Units
 from lightning_accel.core.placement import Row, find_row
 from lightning_accel.core.structure import called_by_compiled_code
-from lightning_accel.plugins.precision import engine_optimizer, require_known_scaler, with_engine
+from lightning_accel.plugins.accel_precision import AccelPrecision
+from lightning_accel.plugins.precision import engine_optimizer, require_known_scaler
 from lightning_accel.strategies.compact import compact, keep
 from lightning_accel.strategies.fsdp import SHARDINGS, row_of_sharding
 from lightning_accel.strategies.options import EngineOptions, Recomputed, reject_unknown, to_device
@@ -139,17 +140,6 @@ class AccelFabricStrategy(DDPStrategy):
         reject_unknown(type(self), unknown)
         if start_method not in START_METHODS.values():
             raise ValueError(f"Expected start_method to be 'popen', 'spawn' or 'fork', got {start_method!r}.")
-        self._given_scaler = grad_scaler
-        super().__init__(
-            accelerator=accelerator,
-            parallel_devices=parallel_devices,
-            cluster_environment=cluster_environment,
-            checkpoint_io=checkpoint_io,
-            precision=precision,
-            process_group_backend=process_group_backend,
-            timeout=timeout,
-            start_method=start_method,
-        )
         require_offload(offload, row)
         Dtypes.checked(param_dtype, reduce_dtype, row)
         self.row = row
@@ -164,6 +154,18 @@ class AccelFabricStrategy(DDPStrategy):
             offload_dir=offload_dir,
             param_dtype=param_dtype,
             reduce_dtype=reduce_dtype,
+        )
+        self._start_method = start_method  # also Lightning's name, which it sets too late for plugins
+        self._given_scaler = grad_scaler
+        super().__init__(
+            accelerator=accelerator,
+            parallel_devices=parallel_devices,
+            cluster_environment=cluster_environment,
+            checkpoint_io=checkpoint_io,
+            precision=precision,
+            process_group_backend=process_group_backend,
+            timeout=timeout,
+            start_method=start_method,
         )
         self._backward_sync_control = _EngineSyncControl()
         self._engines: list[weakref.ref[Engine]] = []
@@ -193,7 +195,11 @@ class AccelFabricStrategy(DDPStrategy):
 
     @precision.setter
     def precision(self, precision: Precision | None) -> None:
-        self._precision = precision and with_engine(precision, self._given_scaler)
+        if isinstance(precision, AccelPrecision):
+            precision = precision.in_fabric()
+        self._precision = precision and self._options.adopt(
+            precision, self.row, self._given_scaler, self.accelerator, self._start_method
+        )
 
     @property
     def grad_scaler(self) -> GradScaler | None:

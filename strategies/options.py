@@ -10,16 +10,19 @@ from pathlib import Path
 from typing import Any, TypeAlias
 
 import torch
+from lightning.fabric.accelerators import Accelerator
 from lightning.fabric.plugins.precision import Precision
 from torch import Tensor, nn
 
-from lightning_accel.core import Engine
+from lightning_accel.core import Engine, GradScaler
+from lightning_accel.core.dtypes import Dtypes
 from lightning_accel.core.materialise import InitFn
 from lightning_accel.core.offload import OffloadKind
 from lightning_accel.core.partition import Units, find_blocks, find_modules
-from lightning_accel.core.placement import Row
+from lightning_accel.core.placement import Rest, Row
 from lightning_accel.core.recompute import recompute, require_options
-from lightning_accel.plugins.precision import computes_with
+from lightning_accel.plugins.accel_precision import AccelPrecision, PolicyPrecision
+from lightning_accel.plugins.precision import Plugin, computes_with, require_suitable, with_engine
 
 Recomputed: TypeAlias = bool | Collection[str | type[nn.Module]]
 """What users may say about activation checkpointing: for all blocks, for none, or for which modules."""
@@ -94,6 +97,63 @@ class EngineOptions:
                 " are wrong. Use 'aot_eager' to debug."
             )
 
+    def adopt(
+        self,
+        plugin: Plugin,
+        row: Row,
+        grad_scaler: GradScaler | None,
+        accelerator: Accelerator | None,
+        start_method: str,
+    ) -> Plugin:
+        """The plugin that a strategy uses instead of one that it is given.
+
+        Args:
+            plugin: What the Trainer or Fabric chose, or the user gave.
+            row: The placement row.
+            grad_scaler: What the strategy was given.
+            accelerator: What the strategy runs on; None if it is not known yet.
+            start_method: How processes are started: CUDA must not have started if they are forked.
+
+        Raises:
+            ValueError: If it was made for another strategy, contradicts what the strategy was given, or asks for what
+                the row or the device cannot do.
+
+        """
+        require_suitable(plugin, row)
+        changed = with_engine(plugin, grad_scaler)
+        self.dtypes(changed, row)
+        if isinstance(changed, PolicyPrecision) and accelerator is not None:
+            changed.connect_device(accelerator.name(), ask=start_method != "fork")
+        return changed
+
+    def dtypes(self, precision: Precision, row: Row) -> Dtypes:
+        """What the model computes with and what gradients travel in, from the strategy's settings and the plugin's.
+
+        Raises:
+            ValueError: If these contradict each other, or the row cannot do it.
+
+        """
+        param, reduce, vectors = self.param_dtype or computes_with(precision, row), self.reduce_dtype, False
+        if isinstance(precision, PolicyPrecision):
+            policy = precision.policy
+            asked = {"param": policy.param if policy.autocast else policy.compute, "reduce": policy.reduce}
+            for name, ours in (("param", self.param_dtype), ("reduce", reduce)):
+                if None not in (ours, asked[name]) and ours is not asked[name]:
+                    raise ValueError(
+                        f"Expected one {name} dtype, got {name}_dtype={ours} with the strategy and {asked[name]} with"
+                        f" {AccelPrecision.__name__}. Leave {name}_dtype out."
+                    )
+            reduce = reduce or policy.reduce
+            vectors = not policy.autocast and param is not None
+        return Dtypes.checked(param, reduce, row, vectors=vectors)
+
+    def always(self, row: Row, precision: Precision) -> bool:
+        """Whether a model needs an engine even where nothing is trained.
+
+        Parameters may rest sharded; and without autocast nothing else rounds what the model computes with.
+        """
+        return row.parameters is Rest.SHARDED or self.dtypes(precision, row).vectors
+
     def start(self, module: nn.Module, row: Row, device: torch.device, precision: Precision) -> Engine:
         """An engine for a module on its device, or on the meta device. All ranks take part.
 
@@ -108,6 +168,7 @@ class EngineOptions:
 
         """
         recomputed = self._recomputed(module)  # before anything has changed: it may raise
+        dtypes = self.dtypes(precision, row)
         engine = Engine(
             module,
             row,
@@ -118,8 +179,9 @@ class EngineOptions:
             device=device,
             offload=self.offload,
             offload_dir=self.offload_dir,
-            param_dtype=self.param_dtype or computes_with(precision, row),
-            reduce_dtype=self.reduce_dtype,
+            param_dtype=dtypes.param,
+            reduce_dtype=dtypes.reduce,
+            round_vectors=dtypes.vectors,
         )
         engine.at_close.callback(recompute(recomputed.values(), self.activation_checkpointing_options))
         if self.compile is not False:

@@ -34,7 +34,7 @@ from lightning_accel.core.offload import OffloadKind, require_offload
 from lightning_accel.core.partition import Units
 from lightning_accel.core.placement import Row
 from lightning_accel.core.registry import engines_of
-from lightning_accel.plugins.precision import require_known_scaler, with_engine
+from lightning_accel.plugins.precision import require_known_scaler
 from lightning_accel.strategies.accumulation import Accumulation
 from lightning_accel.strategies.averaging import require_averaging_in_parts
 from lightning_accel.strategies.compact import compact, keep
@@ -136,21 +136,6 @@ class AccelStrategy(DDPStrategy):
         reject_unknown(type(self), unknown)
         if start_method not in START_METHODS.values():
             raise ValueError(f"Expected start_method to be 'popen', 'spawn' or 'fork', got {start_method!r}.")
-        self._given_scaler = grad_scaler
-        self._loss_weight = loss_weight
-        self._accumulation = Accumulation()
-        self._step_was_skipped = False
-        self._at_teardown = ExitStack()
-        super().__init__(
-            accelerator=accelerator,
-            parallel_devices=parallel_devices,
-            cluster_environment=cluster_environment,
-            checkpoint_io=checkpoint_io,
-            precision_plugin=precision_plugin,
-            process_group_backend=process_group_backend,
-            timeout=timeout,
-            start_method=start_method,
-        )
         require_offload(offload, row)
         Dtypes.checked(param_dtype, reduce_dtype, row)
         self.row = row
@@ -165,6 +150,22 @@ class AccelStrategy(DDPStrategy):
             offload_dir=offload_dir,
             param_dtype=param_dtype,
             reduce_dtype=reduce_dtype,
+        )
+        self._start_method = start_method  # also Lightning's name, which it sets too late for plugins
+        self._given_scaler = grad_scaler
+        self._loss_weight = loss_weight
+        self._accumulation = Accumulation()
+        self._step_was_skipped = False
+        self._at_teardown = ExitStack()
+        super().__init__(
+            accelerator=accelerator,
+            parallel_devices=parallel_devices,
+            cluster_environment=cluster_environment,
+            checkpoint_io=checkpoint_io,
+            precision_plugin=precision_plugin,
+            process_group_backend=process_group_backend,
+            timeout=timeout,
+            start_method=start_method,
         )
         self.engine = None
         self._failed = False
@@ -187,7 +188,9 @@ class AccelStrategy(DDPStrategy):
 
     @precision_plugin.setter
     def precision_plugin(self, precision_plugin: Precision | None) -> None:
-        self._precision_plugin = precision_plugin and with_engine(precision_plugin, self._given_scaler)
+        self._precision_plugin = precision_plugin and self._options.adopt(
+            precision_plugin, self.row, self._given_scaler, self.accelerator, self._start_method
+        )
 
     @property
     def grad_scaler(self) -> GradScaler | None:
@@ -263,7 +266,7 @@ class AccelStrategy(DDPStrategy):
             require_averaging_in_parts(trainer.callbacks, self.engine)  # type: ignore[attr-defined]
         elif self.engine is not None:
             self.engine.build()
-        elif self.row.parameters is Rest.SHARDED or has_meta(self.model):
+        elif has_meta(self.model) or self._options.always(self.row, self.precision_plugin):
             self.engine = self._options.start(self.model, self.row, self.root_device, self.precision_plugin)
             self.engine.build()
         else:

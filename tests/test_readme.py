@@ -61,12 +61,15 @@ def test_the_trainer(tmp_path):
         *(block("LossScaleMonitor"), FIT),
         "logged = trainer.callback_metrics['accel/skipped_steps']",
         "print(f'{trainer.precision} {logged == scaler.skipped_steps}\\n', end='')",
+        *(block("AccelPrecision("), FIT),
+        "print(f'policy: {trainer.precision}\\n', end='')",
     )
     assert "accel_zero2, rank 0 of 2" in printed
     assert "count: {'latest_update_step': 32}" in printed
     assert "fsdp_hybrid" in printed
     assert "weighted: True" in printed
     assert "16-mixed True" in printed
+    assert "policy: bf16-mixed" in printed
     assert list((tmp_path / "optimizer_state").iterdir()) == []
 
 

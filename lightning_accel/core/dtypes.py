@@ -13,19 +13,22 @@ from lightning_accel.core.placement import Rest, Row
 class Dtypes:
     """Dtypes of mixed precision; None is the dtype that parameters came with.
 
-    Parameters with less than two dimensions (biases, weights of normalisation layers) keep their dtype: they are few,
-    and layers that normalise want them precise.
+    Under autocast, parameters with less than two dimensions (biases, weights of normalisation layers) keep their dtype:
+    they are few, and layers that normalise want them precise. Without autocast nothing converts them where they meet
+    others, so all parameters must be of one dtype.
     """
 
     param: torch.dtype | None = None
     """What forward and backward see of parameters that are twice as wide (fp32 for 16 bits), and what is gathered. The
     optimizer updates values of the dtype they came with."""
+    vectors: bool = False
+    """Whether forward and backward see ``param`` instead of every wider parameter, whatever its dimensions."""
     reduce: torch.dtype | None = None
     """What gradients travel in, where every backward reduces; by default what they are computed in. They are added up,
     over ranks and micro-batches, in the dtype of what they update."""
 
     @staticmethod
-    def checked(param: torch.dtype | None, reduce: torch.dtype | None, row: Row) -> Dtypes:
+    def checked(param: torch.dtype | None, reduce: torch.dtype | None, row: Row, *, vectors: bool = False) -> Dtypes:
         """The meaning of a user's settings.
 
         Raises:
@@ -45,11 +48,15 @@ class Dtypes:
                 f"Expected reduce_dtype for rows that reduce in every backward, got {reduce} for row {row.name!r},"
                 " which adds gradients up on each rank. Use zero2 or fsdp."
             )
-        return Dtypes(param=param, reduce=reduce)
+        return Dtypes(param=param, reduce=reduce, vectors=vectors)
 
     def of(self, dtype: torch.dtype, dim: int) -> torch.dtype:
         """What the model computes with instead of parameters of a dtype and number of dimensions."""
-        if self.param is None or not dtype.is_floating_point or dim < 2:
+        if self.param is None or not dtype.is_floating_point:
+            return dtype
+        if self.vectors:
+            return self.param if self.param.itemsize < dtype.itemsize else dtype
+        if dim < 2:
             return dtype
         # As autocast does: it takes a model of doubles to want them.
         return self.param if 2 * self.param.itemsize == dtype.itemsize else dtype

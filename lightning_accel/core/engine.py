@@ -71,6 +71,8 @@ class Engine:
         param_dtype: What forward and backward compute with instead of parameters of a wider dtype and two or more
             dimensions, and what is gathered. The optimizer updates this rank's part in the dtype that parameters came
             with. For rows that shard optimizer state. See core/dtypes.py.
+        round_vectors: Have ``param_dtype`` mean parameters of less dimensions as well: for models that compute without
+            autocast.
         reduce_dtype: What gradients travel in, for rows that reduce in every backward; by default what they are
             computed in. They are added up in the dtype that parameters came with.
 
@@ -107,6 +109,7 @@ class Engine:
         offload_dir: str | os.PathLike[str] | None = None,
         param_dtype: torch.dtype | None = None,
         reduce_dtype: torch.dtype | None = None,
+        round_vectors: bool = False,
     ) -> None:
         if not bucket_cap_mb > 0:
             raise ValueError(f"Expected bucket_cap_mb to be positive, got {bucket_cap_mb}.")
@@ -115,7 +118,7 @@ class Engine:
             raise ValueError(f"Expected shard_size for hybrid rows only, got {shard_size} for row {self.row.name!r}.")
         self.offload = Offload.of(offload, offload_dir, self.row)
         """What is kept away from the device."""
-        dtypes = Dtypes.checked(param_dtype, reduce_dtype, self.row)
+        dtypes = Dtypes.checked(param_dtype, reduce_dtype, self.row, vectors=round_vectors)
         self.module = module
         for former in engines_of(module):
             former.close()  # as when a cell of a notebook is run again

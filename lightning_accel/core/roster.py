@@ -75,7 +75,7 @@ class Roster:
         optimizers: Sequence[EngineOptimizer],
         initialise: Callable[[Sequence[Unit]], None] | None = None,
     ) -> None:
-        """Lay out all trainable parameters that are not in a unit of an optimizer. All ranks take part.
+        """Lay out all parameters to train that are not in a unit of an optimizer. All ranks take part.
 
         Units that no optimizer had are kept if they are as they should be, else taken apart as their parameters are
         laid out anew: no more than a few units' parameters are whole at a time.
@@ -91,11 +91,12 @@ class Roster:
         """
         holder = {parameter: optimizer for optimizer in optimizers for parameter in optimizer.parameters()}
         loose = {p: unit for unit in self.units if self.owner[unit] is None for p in unit.parameters}
+        # Frozen parameters that rest replicated stay where they are, unless they meet rounded ones without autocast.
+        all_of_them = self._row.parameters is Rest.SHARDED or self._dtypes.vectors
         free = [
             NamedParameter(name, parameter)
             for parameter, name in names.items()
-            if (parameter in loose or parameter not in self.places)
-            and (parameter.requires_grad or self._row.parameters is Rest.SHARDED)
+            if (parameter in loose or parameter not in self.places) and (parameter.requires_grad or all_of_them)
         ]
         number = {optimizer: index for index, optimizer in enumerate(optimizers)}
         lines = [

@@ -13,8 +13,10 @@ from functools import partial
 from typing import Any, TypeVar
 
 import torch
+from lightning.fabric.plugins import precision as fabric_plugins
 from lightning.fabric.plugins.precision import MixedPrecision as FabricMixedPrecision
 from lightning.fabric.plugins.precision import Precision as FabricPrecision
+from lightning.pytorch.plugins import precision as trainer_plugins
 from lightning.pytorch.plugins.precision import MixedPrecision, Precision
 from lightning.pytorch.utilities import GradClipAlgorithmType
 from torch.optim import Optimizer
@@ -23,9 +25,17 @@ from lightning_accel.core.engine import Engine
 from lightning_accel.core.grad_scaler import GradScaler
 from lightning_accel.core.optimizer import EngineOptimizer
 from lightning_accel.core.placement import Rest, Row
+from lightning_accel.plugins.accel_precision import PolicyPrecision
 
 _CLIPPING = ("clip_gradients", "clip_grad_by_norm", "clip_grad_by_value")
 _TORCHS = (torch.amp.GradScaler, torch.cuda.amp.GradScaler)
+
+_FOREIGN = {
+    "FSDPPrecision": "fsdp",
+    "DeepSpeedPrecision": "deepspeed",
+    "XLAPrecision": "xla",
+}
+"""Plugins that leave the work to one strategy of Lightning, or to its library."""
 
 Plugin = TypeVar("Plugin", bound=FabricPrecision)
 
@@ -113,12 +123,37 @@ def require_known_scaler(plugin: FabricPrecision, row: str) -> None:
         )
 
 
-def computes_with(plugin: FabricPrecision, row: Row) -> torch.dtype | None:
-    """What the matrices of a model are rounded to under mixed precision, if each rank updates its part only.
+def require_suitable(plugin: FabricPrecision, row: Row) -> None:
+    """Raise if a plugin was made for another strategy.
 
-    Every rank has half the bytes then, and half of them travel; autocast would round them for each use otherwise. Where
-    each rank updates all parameters they stay as they are, and autocast rounds them, as Lightning's users know it.
+    Raises:
+        ValueError: Says what to use instead.
+
     """
+    for name, strategy in _FOREIGN.items():
+        if isinstance(plugin, (getattr(trainer_plugins, name), getattr(fabric_plugins, name))):
+            raise ValueError(
+                f"Expected a precision plugin for any strategy with strategy='accel_{row.name}', got"
+                f" {type(plugin).__name__}, which is for strategy={strategy!r}. Use precision='bf16-mixed' (or another"
+                " name), or plugins=[lightning_accel.AccelPrecision(...)]."
+            )
+    quantised = (trainer_plugins.BitsandbytesPrecision, fabric_plugins.BitsandbytesPrecision)
+    if row.parameters is Rest.SHARDED and isinstance(plugin, quantised):
+        raise ValueError(
+            f"Expected floating-point parameters for strategy='accel_{row.name}', which cuts them, got"
+            " BitsandbytesPrecision, which packs several into a byte. Use strategy='accel_zero2'."
+        )
+
+
+def computes_with(plugin: FabricPrecision, row: Row) -> torch.dtype | None:
+    """What parameters of a model are rounded to after each update, if the precision has it so.
+
+    Under autocast those are matrices, where each rank updates its part only: every rank has half the bytes then, and
+    half of them travel. Where each rank updates all parameters they stay as they are, and autocast rounds them for each
+    use, as Lightning's users know it.
+    """
+    if isinstance(plugin, PolicyPrecision):
+        return plugin.policy.rounded_to(row)
     if row.optimizer_state is Rest.SHARDED and isinstance(plugin, (MixedPrecision, FabricMixedPrecision)):
         return torch.float16 if plugin.precision == "16-mixed" else torch.bfloat16
     return None

@@ -26,7 +26,7 @@ MIXED = ["zero1", "zero2", "fsdp", "fsdp_partial"]
 
 
 class Affine(nn.Module):
-    """A linear layer that computes in double with whatever its weight was rounded to."""
+    """A linear layer that computes in double with whatever its parameters were rounded to."""
 
     def __init__(self, inputs: int, outputs: int) -> None:
         super().__init__()
@@ -39,7 +39,7 @@ class Affine(nn.Module):
         nn.init.zeros_(self.bias)
 
     def forward(self, x: Tensor) -> Tensor:
-        return torch.tanh(x @ self.weight.double().T + self.bias)
+        return torch.tanh(x @ self.weight.double().T + self.bias.double())
 
 
 class Layers(nn.Module):
@@ -60,7 +60,9 @@ def loss_of(module: nn.Module, x: Tensor, y: Tensor) -> Tensor:
     return ((module(x) - y) ** 2).mean()
 
 
-def train_alone(master: nn.Module, steps: int, ranks: int, accumulate: int, clip: float | None) -> None:
+def train_alone(
+    master: nn.Module, steps: int, ranks: int, accumulate: int, clip: float | None, vectors: bool = False
+) -> None:
     """What mixed precision means: forward and backward on rounded weights, for each rank's share by itself, gradients
     added up and weights updated in double."""
     optimizer = adamw(master.parameters())
@@ -73,7 +75,7 @@ def train_alone(master: nn.Module, steps: int, ranks: int, accumulate: int, clip
             for rank in range(ranks):
                 rounded = build(Layers)
                 for parameter, precise in zip(rounded.parameters(), master.parameters(), strict=True):
-                    narrow = precise.dim() > 1
+                    narrow = vectors or precise.dim() > 1
                     parameter.data = precise.detach().to(torch.float32 if narrow else torch.float64)
                 (loss_of(rounded, xs[i][rank::ranks], ys[i][rank::ranks]) / accumulate).backward()
                 for parameter, precise in zip(rounded.parameters(), master.parameters(), strict=True):
@@ -100,7 +102,7 @@ def train(engine: Engine, optimizer: Any, steps: int, accumulate: int, clip: flo
 def errors(row: str, accumulate: int, **options: Any) -> tuple[float, float]:
     """Of master values, before and after the end."""
     alone, module = build(Layers), build(Layers)
-    train_alone(alone, 20, dist.get_world_size(), accumulate, clip=0.05)
+    train_alone(alone, 20, dist.get_world_size(), accumulate, clip=0.05, vectors=options.get("round_vectors", False))
     engine = Engine(module, row, param_dtype=torch.float32, bucket_cap_mb=0.0005, **options)
     optimizer = adamw(module.parameters())
     engine.add_optimizer(optimizer)
@@ -118,6 +120,49 @@ def test_master_values_are_those_of_a_single_process(ranks2: Ranks, row: str, ac
     reduce = {} if row == "zero1" else {"reduce_dtype": torch.float64}
     for found in ranks2.run(errors, row, accumulate, **reduce):
         assert max(found) < EXACT
+
+
+@pytest.mark.parametrize("row", everyday(MIXED))
+def test_vectors_may_be_rounded_too(ranks2: Ranks, row: str) -> None:
+    reduce = {} if row == "zero1" else {"reduce_dtype": torch.float64}
+    for found in ranks2.run(errors, row, 2, round_vectors=True, **reduce):
+        assert max(found) < EXACT
+
+
+def frozen_and_thawed(row: str) -> list[Any]:
+    module = build(Layers).float()
+    before = [p.detach().clone() for p in module.blocks.parameters()]
+    module.blocks.requires_grad_(False)
+    engine = Engine(module, row, param_dtype=torch.bfloat16, round_vectors=True)
+    optimizer = adamw(p for p in module.parameters() if p.requires_grad)
+    engine.add_optimizer(optimizer)
+
+    def step() -> set[torch.dtype]:
+        optimizer.zero_grad()
+        x, y = (part[0] for part in data(1, 1))
+        with engine.forward_context():
+            loss = loss_of(module, x, y)
+            seen = {p.dtype for p in module.parameters()}
+        engine.backward(loss)
+        optimizer.step()
+        return seen
+
+    dtypes = step()
+    with engine.full_parameters():
+        same = all(torch.equal(a, b) for a, b in zip(module.blocks.parameters(), before, strict=True))
+        precise = {p.dtype for p in module.parameters()}
+    module.blocks.requires_grad_(True)
+    optimizer.add_param_group({"params": list(module.blocks.parameters())})
+    dtypes |= step()
+    engine.close()
+    trained = not any(torch.equal(a, b) for a, b in zip(module.blocks.parameters(), before, strict=True))
+    return [dtypes, precise, same, trained]
+
+
+@pytest.mark.parametrize("row", everyday(MIXED))
+def test_frozen_parameters_are_rounded_where_vectors_are(ranks2: Ranks, row: str) -> None:
+    expected = [{torch.bfloat16}, {torch.float32}, True, True]
+    assert ranks2.run(frozen_and_thawed, row) == [expected] * 2
 
 
 def through_messages(kind: type, row: str) -> tuple[float, float]:
