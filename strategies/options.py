@@ -12,6 +12,7 @@ from typing import Any, TypeAlias
 import torch
 from lightning.fabric.accelerators import Accelerator
 from lightning.fabric.plugins.precision import Precision
+from lightning.fabric.utilities.device_dtype_mixin import _update_properties
 from torch import Tensor, nn
 
 from lightning_accel.core import Engine, GradScaler
@@ -213,6 +214,7 @@ def to_device(module: nn.Module, device: torch.device) -> None:
         return tensor if tensor.is_meta else tensor.to(device)
 
     module._apply(move)
+    _update_properties(module, device=device)  # what a LightningModule says of itself
 
 
 def reject_unknown(strategy: type, unknown: Mapping[str, Any]) -> None:

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from harness import Ranks
 from lightning_accel.strategies import AccelDDPStrategy, AccelFSDPStrategy, AccelZeROStrategy, fabric
+from lightning_accel.strategies.options import to_device
 from rows import everyday
 
 CLASSES = [AccelDDPStrategy, AccelZeROStrategy, fabric.AccelDDPStrategy, fabric.AccelZeROStrategy]
@@ -184,3 +185,11 @@ def test_another_gradient_scaler_works_where_gradients_rest_replicated(ranks2: R
         # Forward and backward are in float16 (11 bits): a rank's gradients are rounded before they are averaged. AdamW
         # moves each weight by about the learning rate (0.02) a step for 4 steps; errors of 2**-11 matter little.
         assert_close(result, expected, tolerance=5e-3)
+
+
+def test_a_module_says_where_it_was_moved() -> None:
+    """As ``LightningModule.to`` has it, which cannot move a module that is in part on the meta device."""
+    module = Regression()
+    assert module.device == torch.device("cpu")
+    to_device(module, torch.device("meta"))
+    assert module.device == torch.device("meta")
