@@ -192,6 +192,7 @@ def test_peers_in_a_collective_are_not_left_hanging(ranks: Ranks) -> None:
     assert ranks.run(all_reduced) == [3.0, 3.0]
 
 
+@pytest.mark.matrix
 def test_peers_that_never_return_are_killed(ranks: Ranks, capfd: pytest.CaptureFixture[str]) -> None:
     before = ranks.run(process_id)
     with pytest.raises(RanksError, match="(?s)rank 1 of 2 raised ValueError.*rank 0 did not finish in time"):
@@ -200,15 +201,18 @@ def test_peers_that_never_return_are_killed(ranks: Ranks, capfd: pytest.CaptureF
     assert not set(ranks.run(process_id)) & set(before)
 
 
+@pytest.mark.matrix
 def test_a_stuck_rank_is_an_error_when_an_error_is_expected(ranks: Ranks) -> None:
     with pytest.raises(RanksError, match="did not finish in time"):
         ranks.run_expecting_error(leave_the_others_asleep)
 
 
+@pytest.mark.matrix
 def test_failed_assertion_shows_its_values(ranks: Ranks) -> None:
     assert ranks.run_expecting_error(compare) == [("AssertionError", "assert 12 == 34")] * 2
 
 
+@pytest.mark.matrix
 def test_death_is_noticed_behind_a_living_child(ranks: Ranks) -> None:
     start = time.monotonic()
     with pytest.raises(RanksError, match="rank 1 of 2 exited with code 7"):
@@ -289,6 +293,7 @@ def test_lightning_launches_no_processes(ranks: Ranks) -> None:
     assert ranks.run(lightning_environment) == expected
 
 
+@pytest.mark.matrix
 def test_close_ends_every_process(ranks: Ranks) -> None:
     processes = ranks.run(process_id)
     ranks.close()

@@ -10,6 +10,8 @@ import torch.distributed as dist
 import zoo
 from torch import nn
 
+from rows import everyday
+
 ROWS = ["fsdp", "fsdp_partial"]
 
 
@@ -52,7 +54,7 @@ def train(row: str) -> dict[str, Any]:
     return {"report": report, "trained": sizes[True], "frozen": sizes[False], "adapters": len(before)}
 
 
-@pytest.mark.parametrize("row", ["zero2", *ROWS])
+@pytest.mark.parametrize("row", everyday(["zero2", *ROWS]))
 def test_only_adapters_have_gradients_and_optimizer_state(ranks2, row):
     results = ranks2.run(train, row)
     trained, frozen = results[0]["trained"], results[0]["frozen"]
@@ -111,7 +113,7 @@ def merge(row: str) -> None:
     assert float((logits(whole) - right).norm() / right.norm()) < zoo.TOLERANCE
 
 
-@pytest.mark.parametrize("row", ROWS)
+@pytest.mark.parametrize("row", everyday(ROWS))
 def test_adapters_are_saved_merged_and_unloaded(ranks2, row):
     ranks2.run(merge, row)
 
@@ -132,7 +134,7 @@ def unload_within(row: str) -> None:
     engine.close()
 
 
-@pytest.mark.parametrize("row", ROWS)
+@pytest.mark.parametrize("row", everyday(ROWS))
 def test_training_goes_on_after_a_merged_copy_was_made(ranks2, row):
     ranks2.run(unload_within, row)
 
@@ -147,6 +149,6 @@ def deep_copy_within(row: str) -> None:
     assert float((logits(whole) - right).norm() / right.norm()) < zoo.TOLERANCE
 
 
-@pytest.mark.parametrize("row", ROWS)
+@pytest.mark.parametrize("row", everyday(ROWS))
 def test_a_deep_copy_within_full_parameters_is_a_plain_model(ranks2, row):
     ranks2.run(deep_copy_within, row)

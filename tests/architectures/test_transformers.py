@@ -6,6 +6,8 @@ import torch.distributed as dist
 import zoo
 from lit import check_fit, fit, loader, write
 
+from rows import everyday
+
 MODELS = ["gpt2", "llama", "bert"]
 
 
@@ -58,7 +60,7 @@ def generate_between_steps(row: str) -> None:
     assert len({tuple(row) for row in text[2].tolist()}) > 1, "the same text for all prompts shows nothing"
 
 
-@pytest.mark.parametrize("row", ["zero2", "fsdp", "fsdp_partial"])
+@pytest.mark.parametrize("row", everyday(["zero2", "fsdp", "fsdp_partial"]))
 def test_generate_within_full_parameters(ranks2, row):
     ranks2.run(generate_between_steps, row)
 
@@ -70,7 +72,7 @@ def generate_in_predict_step(row: str) -> None:
     require_same_text(text, single_process_writes(list(range(1 + 2 * rank)), rank))
 
 
-@pytest.mark.parametrize("row", ["fsdp", "fsdp_partial"])
+@pytest.mark.parametrize("row", everyday(["fsdp", "fsdp_partial"]))
 def test_predict_step_generates_for_other_numbers_of_prompts_on_each_rank(ranks2, row):
     ranks2.run(generate_in_predict_step, row)
 
@@ -87,6 +89,6 @@ def validate_unevenly(row: str) -> None:
     assert found["val_loss"] == pytest.approx(sum(losses) / count, rel=1e-6)
 
 
-@pytest.mark.parametrize("row", ["fsdp", "fsdp_partial"])
+@pytest.mark.parametrize("row", everyday(["fsdp", "fsdp_partial"]))
 def test_ranks_may_validate_different_numbers_of_batches(ranks2, row):
     ranks2.run(validate_unevenly, row)

@@ -109,6 +109,7 @@ def test_a_trainer_cannot_be_recorded() -> None:
     assert "its Trainer runs the loop" in done.stderr
 
 
+@pytest.mark.matrix
 def test_the_command_records_every_allocation_of_a_step(tmp_path: Path) -> None:
     done = _run("--model", "gpt-tiny", "--warmup", "1", "--peers", "accel_fsdp", "--out", str(tmp_path))
     assert done.returncode == 0, done.stderr

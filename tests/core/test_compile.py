@@ -114,7 +114,7 @@ def test_the_losses_of_eager_code_and_nothing_compiled_again(ranks2, row, recomp
             require_no_recompilation(counts, style)
 
 
-@pytest.mark.parametrize("row", ["zero2", "fsdp"])
+@pytest.mark.parametrize("row", [pytest.param("zero2", marks=pytest.mark.matrix), "fsdp"])
 def test_dropout_and_keyword_arguments(ranks2, row):
     # With the backend "eager" torch draws other random numbers in recomputation: see docs/decisions.md.
     for found in ranks2.run(styles, row, "aot_eager", RichNet, True, ["units", "model"]):
@@ -130,7 +130,7 @@ def inductor(row, recomputing):
 
 
 @pytest.mark.skipif(shutil.which("c++") is None and shutil.which("g++") is None, reason="inductor needs a C++ compiler")
-@pytest.mark.parametrize("row", ["zero2", "fsdp"])
+@pytest.mark.parametrize("row", [pytest.param("zero2", marks=pytest.mark.matrix), "fsdp"])
 def test_inductor(ranks2, row):
     for error, counts in ranks2.run(inductor, row, True):
         # Its tanh is another implementation, right to some units in the last place (1e-16 each).

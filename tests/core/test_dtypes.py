@@ -176,7 +176,7 @@ def through_messages(kind: type, row: str) -> tuple[float, float]:
         return errors(row, 2, reduce_dtype=torch.float64)
 
 
-@pytest.mark.parametrize("kind", [GlooCollectives, TorchCollectives])
+@pytest.mark.parametrize("kind", [GlooCollectives, pytest.param(TorchCollectives, marks=pytest.mark.matrix)])
 @pytest.mark.parametrize("row", [pytest.param("zero2", marks=pytest.mark.matrix), "fsdp"])
 def test_by_messages(ranks3: Ranks, kind: type, row: str) -> None:
     for found in ranks3.run(through_messages, kind, row):

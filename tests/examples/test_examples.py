@@ -165,6 +165,7 @@ def test_the_fabric_loop_resumes_under_another_strategy(runs: Runs) -> None:
     assert (result.out / "last.ckpt").exists()
 
 
+@pytest.mark.matrix
 def test_the_digits_are_learnt(tmp_path: Path) -> None:
     # Three epochs reach 96 to 98 %, ten times what guessing does.
     arguments = ("--strategy", "accel_zero1", "--max-epochs", "3", "--min-accuracy", "0.9")

@@ -89,7 +89,8 @@ def test_a_checkpoint_after_an_exception_on_one_rank(strategy: str, rank: int, t
         assert all(value.isfinite().all() for value in saved["state_dict"].values())
 
 
-@pytest.mark.parametrize("rank", [pytest.param(0, marks=pytest.mark.matrix), 1])
+@pytest.mark.matrix
+@pytest.mark.parametrize("rank", [0, 1])
 def test_killed_rank_ends_the_run(rank: int, start_s: float) -> None:
     begin = time.monotonic()
     finished = run_script("--strategy", "accel_zero2", "--fail", str(rank), "killed")
@@ -101,6 +102,7 @@ def test_killed_rank_ends_the_run(rank: int, start_s: float) -> None:
     assert "Another rank has ended" in finished.stderr or finished.code == -signal.SIGKILL
 
 
+@pytest.mark.matrix
 def test_torchrun(tmp_path: Path) -> None:
     launcher = ("-m", "torch.distributed.run", "--nproc-per-node", "2", "--rdzv-backend", "c10d")
     finished = run_script("--strategy", "accel_zero1", "--save", str(tmp_path / "result.pt"), launcher=launcher)
@@ -262,7 +264,7 @@ def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return path
 
 
-@pytest.mark.parametrize("row", ["ddp", "zero2"])
+@pytest.mark.parametrize("row", everyday(["ddp", "zero2"]))
 def test_checkpoint_of_another_model_lists_all_that_misfits(ranks2: Ranks, checkpoint: Path, row: str) -> None:
     for error in ranks2.run_expecting_error(fit_from, row, checkpoint, "misfit"):
         assert error is not None
@@ -281,7 +283,7 @@ def test_checkpoint_with_another_number_of_optimizers(ranks2: Ranks, checkpoint:
         assert "the state of 2 optimizers, got that of 1" in error[1]
 
 
-@pytest.mark.parametrize("row", ["zero1", "zero2", "ddp"])
+@pytest.mark.parametrize("row", everyday(["zero1", "zero2", "ddp"]))
 def test_optimizer_state_of_other_groups(ranks2: Ranks, checkpoint: Path, row: str) -> None:
     for error in ranks2.run_expecting_error(fit_from, row, checkpoint, "groups"):
         assert error is not None

@@ -297,7 +297,7 @@ def restore(row: str, path: Path, weights_only: bool | None) -> tuple[Tensor, Te
 
 
 @pytest.mark.parametrize("weights_only", [None, False, True])
-@pytest.mark.parametrize("row", REPLICATED)
+@pytest.mark.parametrize("row", everyday(REPLICATED))
 def test_checkpoint_is_restored_before_setup(
     ranks2: Ranks, row: str, weights_only: bool | None, tmp_path: Path
 ) -> None:
@@ -315,7 +315,7 @@ def test_checkpoint_is_restored_before_setup(
 # ---------------------------------------------------------------------- spawn launcher
 
 
-@pytest.mark.parametrize("strategy", ["accel_zero2_spawn", "accel_zero1_fork"])
+@pytest.mark.parametrize("strategy", [pytest.param("accel_zero2_spawn", marks=pytest.mark.matrix), "accel_zero1_fork"])
 def test_spawned_ranks_bring_weights_and_metrics_back(strategy: str, tmp_path: Path) -> None:
     finished = run_script("--strategy", strategy, "--save", str(tmp_path / "result.pt"))
     assert finished.code == 0, finished.stderr
@@ -405,7 +405,7 @@ def fit_averaging(strategy: str, kind: str) -> dict[str, Tensor]:
 
 
 @pytest.mark.parametrize("kind", ["stochastic", "moving"])
-@pytest.mark.parametrize("row", REPLICATED)
+@pytest.mark.parametrize("row", everyday(REPLICATED))
 def test_weight_averaging_callbacks(ranks2: Ranks, row: str, kind: str) -> None:
     expected = fit_averaging("auto", kind)
     for result in ranks2.run(fit_averaging, row, kind):
@@ -424,7 +424,7 @@ class MovingAverage(EMAWeightAveraging):
         ("derived", "EMAWeightAveraging"),
     ],
 )
-@pytest.mark.parametrize("row", ["fsdp", "fsdp_partial"])
+@pytest.mark.parametrize("row", everyday(["fsdp", "fsdp_partial"]))
 def test_weight_averaging_of_sharded_parameters_names_what_to_use(ranks2: Ranks, row: str, kind: str, use: str) -> None:
     for error in ranks2.run_expecting_error(fit_averaging, row, kind):
         assert error is not None
