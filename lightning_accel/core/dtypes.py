@@ -5,24 +5,34 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import torch
+from torch import nn
 
 from lightning_accel.core.placement import Rest, Row
+
+_PRECISE = (nn.Embedding, nn.EmbeddingBag, nn.LayerNorm, nn.RMSNorm, nn.GroupNorm)
+"""Modules whose parameters autocast leaves alone, and may have two or more dimensions."""
+
+
+def matrices(module: nn.Module) -> set[nn.Parameter]:
+    """The parameters of a module that autocast would round."""
+    precise = {p for part in module.modules() if isinstance(part, _PRECISE) for p in part.parameters(recurse=False)}
+    return {p for p in module.parameters() if p.dim() >= 2 and p not in precise}
 
 
 @dataclass(frozen=True, kw_only=True)
 class Dtypes:
     """Dtypes of mixed precision; None is the dtype that parameters came with.
 
-    Under autocast, parameters with less than two dimensions (biases, weights of normalisation layers) keep their dtype:
-    they are few, and layers that normalise want them precise. Without autocast nothing converts them where they meet
-    others, so all parameters must be of one dtype.
+    What autocast would not round keeps its dtype: parameters with less than two dimensions, all of layers that
+    normalise (which want them precise), and tables of embeddings, whose rows begin the residual stream. Without
+    autocast nothing converts them where they meet others, so all parameters must be of one dtype.
     """
 
     param: torch.dtype | None = None
     """What forward and backward see of parameters that are twice as wide (fp32 for 16 bits), and what is gathered. The
     optimizer updates values of the dtype they came with."""
     vectors: bool = False
-    """Whether forward and backward see ``param`` instead of every wider parameter, whatever its dimensions."""
+    """Whether forward and backward see ``param`` instead of every wider parameter, whatever it is for."""
     reduce: torch.dtype | None = None
     """What gradients travel in, where every backward reduces; by default what they are computed in. They are added up,
     over ranks and micro-batches, in the dtype of what they update."""
@@ -50,13 +60,19 @@ class Dtypes:
             )
         return Dtypes(param=param, reduce=reduce, vectors=vectors)
 
-    def of(self, dtype: torch.dtype, dim: int) -> torch.dtype:
-        """What the model computes with instead of parameters of a dtype and number of dimensions."""
+    def of(self, dtype: torch.dtype, *, is_matrix: bool) -> torch.dtype:
+        """What the model computes with instead of parameters of a dtype.
+
+        Args:
+            dtype: What they came with.
+            is_matrix: Whether autocast would round them.
+
+        """
         if self.param is None or not dtype.is_floating_point:
             return dtype
         if self.vectors:
             return self.param if self.param.itemsize < dtype.itemsize else dtype
-        if dim < 2:
+        if not is_matrix:
             return dtype
         # As autocast does: it takes a model of doubles to want them.
         return self.param if 2 * self.param.itemsize == dtype.itemsize else dtype

@@ -146,7 +146,9 @@ class Engine:
         self._pool = BufferPool(keeps=self.row.parameters is Rest.REPLICATED)
         cap_bytes = int(bucket_cap_mb * 2**20)
         on_host = self.offload.parameters
-        self._roster = Roster(self.row, self.blocks, cap_bytes, self.mesh, self._pool, on_host=on_host, dtypes=dtypes)
+        self._roster = Roster(
+            self.row, self.blocks, cap_bytes, self.mesh, self._pool, module=module, on_host=on_host, dtypes=dtypes
+        )
         self._residency = Residency(module, self.blocks, self.row, self.mesh.shard, self.before_forward)
         if materialiser is not None:
             self._roster.rebuild(self.names, [], materialiser.run)

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from lightning_accel.core.agreement import require_same
-from lightning_accel.core.dtypes import Dtypes
+from lightning_accel.core.dtypes import Dtypes, matrices
 from lightning_accel.core.layout import Layout, balance, even_layout, owned_layout
 from lightning_accel.core.mesh import Mesh
 from lightning_accel.core.parameter_memory import Gauge
@@ -34,7 +34,8 @@ class Roster:
         mesh: The ranks.
         pool: Lends gradient buffers.
         on_host: Keep this rank's part of parameters that rest sharded in host memory.
-        dtypes: What the model computes with and what gradients travel in.
+        module: The model.
+        dtypes: What it computes with and what gradients travel in.
 
     """
 
@@ -46,11 +47,14 @@ class Roster:
         mesh: Mesh,
         pool: BufferPool,
         *,
+        module: nn.Module,
         dtypes: Dtypes,
         on_host: bool = False,
     ) -> None:
         self._on_host = on_host
         self._dtypes = dtypes
+        self._module = module
+        self._matrices: set[nn.Parameter] = set()
         self._masters: dict[nn.Parameter, torch.dtype] = {}  # the dtypes that parameters came with
         self._row = row
         self._blocks = blocks
@@ -106,14 +110,13 @@ class Roster:
         ]
         require_same(lines, self._mesh.world, "trainable parameters")
 
+        self._matrices = matrices(self._module)
         groups: list[tuple[Group, EngineOptimizer | None, list[NamedParameter]]] = []
         join = self._row.parameters is Rest.REPLICATED  # what is joined must be gathered together
         for group in partition(free, self._blocks, self._cap_bytes, join_blocks=join):
             kinds: dict[tuple[Any, EngineOptimizer | None, bool], list[NamedParameter]] = {}
             for named in group.members:
-                came_as = self._masters.setdefault(named.parameter, named.parameter.dtype)
-                computes = self._dtypes.of(came_as, named.parameter.dim())
-                key = ((came_as, computes), holder.get(named.parameter), named.parameter.requires_grad)
+                key = (self._dtypes_of(named.parameter), holder.get(named.parameter), named.parameter.requires_grad)
                 kinds.setdefault(key, []).append(named)
             groups += [(group, owner, kind) for (_, owner, _), kind in kinds.items()]
         owners = self._share_out(groups)
@@ -143,6 +146,11 @@ class Roster:
             published = self._mesh.shard.publish([unit.memory.shared for unit in built])
             for unit, source in zip(built, published, strict=True):
                 unit.memory.source = source
+
+    def _dtypes_of(self, parameter: nn.Parameter) -> tuple[torch.dtype, torch.dtype]:
+        """What a parameter came with, and what the model computes with."""
+        came_as = self._masters.setdefault(parameter, parameter.dtype)
+        return came_as, self._dtypes.of(came_as, is_matrix=parameter in self._matrices)
 
     def _share_out(
         self, groups: Sequence[tuple[Group, EngineOptimizer | None, list[NamedParameter]]]
@@ -179,7 +187,7 @@ class Roster:
             self.gauge,
             block,
             on_host=self._on_host,
-            dtype=self._dtypes.of(self._masters[parameters[0]], parameters[0].dim()),
+            dtype=self._dtypes_of(parameters[0])[1],
             reduce_dtype=self._dtypes.reduce,
         )
 

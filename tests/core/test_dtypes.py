@@ -377,6 +377,40 @@ def test_models_on_the_meta_device_have_precise_master_values(ranks2: Ranks, row
     assert ranks2.run(on_meta, row) == [(0.0, True)] * 2
 
 
+class Tied(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.embedding = nn.Embedding(11, 6)
+        self.bags = nn.EmbeddingBag(11, 6)
+        self.norm = nn.LayerNorm((3, 2))
+        self.inner = nn.Linear(6, 6)
+        self.last = nn.Linear(6, 11, bias=False)
+        self.last.weight = self.embedding.weight
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.embedding(x[:, 0]) + self.bags(x)
+        return self.last(self.inner(self.norm(x.unflatten(1, (3, 2))).flatten(1)))
+
+
+def looked_up(row: str) -> list[Any]:
+    module = build(Tied, torch.float32)
+    engine = Engine(module, row, param_dtype=torch.bfloat16)
+    engine.add_optimizer(sgd(module.parameters()))
+    with engine.forward_context(), torch.autocast("cpu", torch.bfloat16):
+        dtypes = {name: parameter.dtype for name, parameter in module.named_parameters()}
+        found = module.embedding(torch.arange(3)).dtype, module(torch.arange(6).view(3, 2)).dtype
+    engine.close()
+    return [dtypes, *found]
+
+
+@pytest.mark.parametrize("row", everyday(MIXED))
+def test_what_autocast_would_not_round_stays_precise(ranks2: Ranks, row: str) -> None:
+    wide, narrow = torch.float32, torch.bfloat16
+    names = dict.fromkeys(["embedding.weight", "bags.weight", "norm.weight", "norm.bias", "inner.bias"], wide)
+    names["inner.weight"] = narrow
+    assert ranks2.run(looked_up, row) == [[names, wide, narrow]] * 2
+
+
 def test_mistakes_are_refused() -> None:
     with pytest.raises(ValueError, match="Expected param_dtype to be a floating-point dtype, got torch.int8"):
         Dtypes.checked(torch.int8, None, find_row("zero2"))
