@@ -35,7 +35,7 @@ class Accumulation:
         return engine.weigh(loss)
 
     def complete(self, engine: Engine, module: pl.LightningModule) -> None:
-        """Call after the last backward of an optimizer step. All ranks take part."""
+        """Call after the last backward of an optimizer step, and before the step. All ranks take part."""
         if self._is_complete or not module.automatic_optimization:
             return
         self._is_complete = True  # the closure may be called again

@@ -154,6 +154,7 @@ class AccelStrategy(DDPStrategy):
         self._start_method = start_method  # also Lightning's name, which it sets too late for plugins
         self._given_scaler = grad_scaler
         self._loss_weight = loss_weight
+        self._weight_of_batch: float | Tensor | None = None
         self._accumulation = Accumulation()
         self._step_was_skipped = False
         self._at_teardown = ExitStack()
@@ -315,8 +316,7 @@ class AccelStrategy(DDPStrategy):
     @override
     def training_step(self, *args: Any, **kwargs: Any) -> STEP_OUTPUT:
         if self._loss_weight is not None:
-            assert self.engine is not None
-            self.engine.set_loss_weight(self._loss_weight(args[0]))
+            self._weight_of_batch = self._loss_weight(args[0])
         with self._forward():
             return super().training_step(*args, **kwargs)
 
@@ -341,6 +341,8 @@ class AccelStrategy(DDPStrategy):
         assert self.engine is not None, "backward outside of fit"
         self.pre_backward(closure_loss)
         closure_loss = self.precision_plugin.pre_backward(closure_loss, self.lightning_module)
+        if self._weight_of_batch is not None and self.engine.loss_weight is None:
+            self.engine.set_loss_weight(self._weight_of_batch)
         loss = self._accumulation.weigh(closure_loss, self.engine, self.lightning_module)
         # Gradients are reduced when this is left: ``on_after_backward`` sees them as they will be stepped with.
         with self.engine.backward_context():
@@ -355,7 +357,15 @@ class AccelStrategy(DDPStrategy):
     def optimizer_step(self, optimizer: Optimizer, closure: Callable[[], Any], *args: Any, **kwargs: Any) -> Any:
         scaler = self.grad_scaler
         before = 0 if scaler is None else scaler.skipped_steps
-        result = super().optimizer_step(optimizer, closure, *args, **kwargs)
+
+        def complete() -> Any:
+            result = closure()
+            assert self.engine is not None
+            assert self.lightning_module is not None
+            self._accumulation.complete(self.engine, self.lightning_module)  # if the last micro-batch had no loss
+            return result
+
+        result = super().optimizer_step(optimizer, complete, *args, **kwargs)
         self._accumulation.end()
         self._step_was_skipped = scaler is not None and scaler.skipped_steps > before
         return result
@@ -478,6 +488,9 @@ class AccelStrategy(DDPStrategy):
             else:
                 # After a failure nobody may answer any more.
                 self.engine.close(abandon=self._failed)
+        restore = getattr(self.precision_plugin, "restore_module", None)
+        if restore is not None and self._was_set_up and not self._failed and not self._leaves_in_parts:
+            restore(self.model)
         self._was_set_up = False
         module = self._lightning_module
         if module is not None and (engines_of(module) or has_meta(module)):

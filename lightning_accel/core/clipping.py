@@ -50,22 +50,27 @@ def norms_of(tensors: Sequence[Tensor], norm_type: float) -> list[Tensor]:
     """The p-norm of each tensor, in fp32 or wider: infinite or NaN only if an element is."""
     if not tensors:
         return []
-    # torch's kernels for the CPU add up in few accumulators: see _CHUNK.
-    chunks = [torch.split(t.flatten(), _CHUNK) if t.device.type == "cpu" else (t,) for t in tensors]
-    parts = iter(torch._foreach_norm([chunk for some in chunks for chunk in some], norm_type))
-    norms = []
-    for tensor, some in zip(tensors, chunks, strict=True):
-        several = torch.stack([next(parts) for _ in some]).double()
-        norms.append(torch.linalg.vector_norm(several, norm_type).to(_norm_dtype(tensor)))
+    norms = [torch.empty(0)] * len(tensors)
+    for dtype in {tensor.dtype: None for tensor in tensors}:
+        alike = [index for index, tensor in enumerate(tensors) if tensor.dtype is dtype]
+        chunks = [_chunks(tensors[index]) for index in alike]
+        wide = torch.promote_types(dtype, torch.float32)
+        parts = iter(torch._foreach_norm([chunk for some in chunks for chunk in some], norm_type, dtype=wide))
+        for index, some in zip(alike, chunks, strict=True):
+            several = torch.stack([next(parts) for _ in some]).double()
+            norms[index] = torch.linalg.vector_norm(several, norm_type).to(wide.to_real())
     if not all_finite(norms):
         # Finite elements can have powers that overflow, so it is not said yet that these are not finite.
-        wide = [torch.promote_types(tensor.dtype, torch.float64) for tensor in tensors]
-        norms = [torch.linalg.vector_norm(t, norm_type, dtype=d) for t, d in zip(tensors, wide, strict=True)]
+        norms = [
+            torch.linalg.vector_norm(tensor, norm_type, dtype=torch.promote_types(tensor.dtype, torch.float64))
+            for tensor in tensors
+        ]
     return norms
 
 
-def _norm_dtype(tensor: Tensor) -> torch.dtype:
-    return torch.promote_types(tensor.dtype.to_real(), torch.float32)
+def _chunks(tensor: Tensor) -> Sequence[Tensor]:
+    """What may be added up in its own precision: torch's kernels for the CPU have few accumulators, see _CHUNK."""
+    return torch.split(tensor.flatten(), _CHUNK) if tensor.device.type == "cpu" else [tensor]
 
 
 def all_finite(norms: Sequence[Tensor]) -> bool:

@@ -420,8 +420,9 @@ class Engine:
 
         With weights, the gradients that an optimizer steps with are those of the weighted mean of all losses since the
         last step, of all ranks: of one loss on all batches in one. So losses must not be divided by the number of
-        micro-batches. Every loss that an optimizer gets gradients from must have a weight then. Only their ratios
-        matter. A batch on which the loss is undefined (no token of it counts) has weight 0, on which NaN is left out.
+        micro-batches. Every loss that an optimizer gets gradients from must have a weight then; losses that it gets
+        none from on this rank do not count for it. Only ratios of weights matter. A batch on which the loss is
+        undefined (no token of it counts) has weight 0, on which NaN is left out.
 
         Args:
             weight: A number, or a tensor of one.
@@ -440,7 +441,9 @@ class Engine:
     def weigh(self, loss: Tensor) -> Tensor:
         """A loss times its weight, if it has one: what is to be differentiated within ``backward_context``."""
         weight = self._weights.next
-        return loss if weight is None else loss * weight
+        if weight is None:
+            return loss
+        return loss.to(torch.promote_types(loss.dtype, torch.float32)) * weight  # 16 bits would round the weight
 
     @contextmanager
     def backward_context(self) -> Iterator[None]:

@@ -130,7 +130,7 @@ class GradScaler:
         if not self._enabled:
             return outputs
         if isinstance(outputs, Tensor):
-            return outputs * torch.full((), self._scale.value, device=outputs.device)
+            return outputs * _number(self._scale.value, outputs.device)
         if isinstance(outputs, (list, tuple)):
             return type(outputs)(map(self.scale, outputs))
         if isinstance(outputs, Iterable):
@@ -273,6 +273,11 @@ def _side(optimizer: Optimizer) -> EngineOptimizer | Optimizer:
     return getattr(optimizer, "_engine_optimizer", optimizer)
 
 
+def _number(value: float, device: torch.device) -> Tensor:
+    """In fp32, which has room for it, whatever the default dtype is just now."""
+    return torch.full((), value, dtype=torch.float32, device=device)
+
+
 def _require_range(dtype: torch.dtype, layout: torch.layout = torch.strided) -> None:
     if layout is not torch.strided or dtype is torch.float16:
         raise ValueError(
@@ -291,9 +296,9 @@ def _unscale(gradients: Sequence[Tensor], scale: float) -> Tensor:
         alike[real.device, real.dtype].append(real)
     verdicts = []
     for (device, _), some in alike.items():
-        found = torch.zeros(1, device=device)
-        torch._amp_foreach_non_finite_check_and_unscale_(some, found, torch.full((), 1.0 / scale, device=device))
+        found = torch.zeros(1, dtype=torch.float32, device=device)
+        torch._amp_foreach_non_finite_check_and_unscale_(some, found, _number(1.0 / scale, device))
         verdicts.append(found)
     if not verdicts:
-        return torch.zeros(1)
+        return torch.zeros(1, dtype=torch.float32)
     return torch.stack([verdict.to(verdicts[0].device) for verdict in verdicts]).amax(0)

@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
+from torch.optim.optimizer import _global_optimizer_pre_hooks
 from typing_extensions import override
 
 from lightning_accel.core.clipping import Gradients, all_finite, norms_of
@@ -73,12 +74,13 @@ class RestingGradients(Gradients):
         return found
 
     def require_reduced(self) -> None:
-        """Raise if gradients were accumulated but not reduced.
+        """Raise if gradients were accumulated but not reduced, or not made the mean that weights of losses ask for.
 
         Raises:
             RuntimeError: Names the parameter.
 
         """
+        self._added.window.require_mean(bool(self._added.used_units))
         for unit in self._added.units:
             for position, content in enumerate(unit.content):
                 if content is Content.LOCAL or (content is Content.REDUCED and unit.is_inside):
@@ -155,7 +157,8 @@ class RestingGradients(Gradients):
             yield
             return
         optimizer: Any = self._added.optimizer
-        optimizer.grad_scale = torch.full((), 1.0 / factors.pop(), device=segments[0].tensor.device)
+        device = segments[0].tensor.device
+        optimizer.grad_scale = torch.full((), 1.0 / factors.pop(), dtype=torch.float32, device=device)
         try:
             yield
         finally:
@@ -165,12 +168,17 @@ class RestingGradients(Gradients):
     def _kernel_divides(self, segments: Sequence[Segment], factor: float) -> bool:
         # In double precision the number's own rounding, to fp32, would show.
         precise = any(segment.tensor.dtype in (torch.float64, torch.complex128) for segment in segments)
-        fused = all(group.get("fused") for group in self._added.optimizer.param_groups)
-        return type(self._added.optimizer) in _DIVIDING and fused and not precise and 1 / _MOST < factor < _MOST
+        optimizer = self._added.optimizer
+        fused = all(group.get("fused") for group in optimizer.param_groups)
+        seen = optimizer._optimizer_step_pre_hooks or _global_optimizer_pre_hooks
+        able = type(optimizer) in _DIVIDING and fused and not precise
+        return bool(able and not seen and 1 / _MOST < factor < _MOST)
 
     def end_step(self) -> None:
         """Note that kernels have written their quotients."""
         for unit in self._divided:
             if not any(s.copies_gradient for s in self._added.segments if s.unit is unit):
                 unit.factor = 1.0
+        if self._divided:
+            self._read = None
         self._divided.clear()

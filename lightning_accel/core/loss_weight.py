@@ -34,10 +34,25 @@ class Window:
     """Whether any loss had a weight."""
     unweighted: bool = False
     """Whether any had none."""
-    normaliser: float = 1.0
-    """What gradients were multiplied by, to be a mean over the total."""
+    normaliser: float | None = None
+    """What gradients were multiplied by, to be a mean over the total; None if they are not that."""
     is_over: bool = False
     """Whether the optimizer has stepped with them, or skipped its step."""
+    is_mixed: bool = False
+    """Whether gradients were added to some that were stepped with."""
+
+    def require_mean(self, has_gradients: bool) -> None:
+        """Raise if there are gradients with weights that are not a mean yet.
+
+        Raises:
+            RuntimeError: If the last backward was within ``no_sync``.
+
+        """
+        if has_gradients and self.weighted and self.normaliser is None:
+            raise RuntimeError(
+                "Expected the last backward before optimizer.step() or clipping to be outside of no_sync when losses"
+                " have weights: the ranks add these up there. Leave no_sync for it."
+            )
 
 
 class LossWeights:
@@ -78,26 +93,26 @@ class LossWeights:
             Whether the loss counts at all. If not, what backward computes may be NaN and must be left out.
 
         Raises:
-            RuntimeError: If gradients that were stepped with are to be added to.
+            RuntimeError: If there is a weight and no optimizer.
 
         """
         self._now, self.next = self.next, None
+        if self._now is not None and not optimizers:
+            raise RuntimeError(
+                "Expected an optimizer before losses have weights, which make its gradients a mean, got none. Call"
+                " engine.add_optimizer(optimizer) first."
+            )
         for added in optimizers:
             window = added.window
             units = added.used_units
             if not (units or any(content is Content.LOCAL for unit in added.units for content in unit.content)):
                 added.window = Window()
                 continue
-            if window.is_over and (window.weighted or self._now is not None):
-                raise RuntimeError(
-                    "Expected gradients to be dropped between an optimizer step and the next backward when losses have"
-                    " weights, got some that are there still. Call optimizer.zero_grad(), with set_to_none=True."
-                )
-            if window.normaliser != 1.0:  # more is to come
+            if window.normaliser is not None and not window.is_over:  # more may come
                 for unit in units:
                     assert unit.rest is not None
                     unit.rest.mul_(1.0 / window.normaliser)
-                window.normaliser = 1.0
+                window.normaliser = None
         return self._now != 0.0
 
     def end(self, optimizers: Sequence[EngineOptimizer]) -> list[bool]:
@@ -109,7 +124,8 @@ class LossWeights:
                 window.total += self._now or 0.0
                 window.weighted |= self._now is not None
                 window.unweighted |= self._now is None
-            told += [window.weighted, window.unweighted]
+                window.is_mixed |= window.is_over
+            told += [window.weighted, window.unweighted, window.is_mixed]
         return told
 
     def agreed(self, optimizers: Sequence[EngineOptimizer], told: Sequence[bool], *, boundary: bool) -> None:
@@ -125,19 +141,24 @@ class LossWeights:
 
         """
         weighted = []
-        for added, some, others in zip(optimizers, told[::2], told[1::2], strict=True):
+        for added, some, others, mixed in zip(optimizers, told[::3], told[1::3], told[2::3], strict=True):
+            if some and mixed:
+                raise RuntimeError(
+                    "Expected gradients to be dropped between an optimizer step and the next backward when losses have"
+                    f" weights, but those of a {type(added.optimizer).__name__} were there still. Call"
+                    " optimizer.zero_grad(), with set_to_none=True."
+                )
             if some and others:
                 raise RuntimeError(
                     "Expected all losses that are accumulated for an optimizer step, on all ranks, to have a weight or"
                     f" none to have one, got both for a {type(added.optimizer).__name__}. Call"
                     " engine.set_loss_weight(...) before every backward; a batch without a single token has weight 0."
                 )
-            if some:
+            if some and not added.window.is_over:
                 weighted.append(added)
         if not boundary or not weighted:
             return
         totals = torch.tensor([added.window.total for added in weighted], dtype=torch.double)
         for added, total in zip(weighted, self._world.sum_scalar(totals.to(self._world.device)).tolist(), strict=True):
-            if total:  # else gradients are zero
-                added.window.normaliser = self._world.ranks / total
-                added.gradients.multiply(added.window.normaliser)
+            added.window.normaliser = self._world.ranks / total if total else 1.0  # else gradients are zero
+            added.gradients.multiply(added.window.normaliser)

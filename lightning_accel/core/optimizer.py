@@ -445,7 +445,9 @@ class EngineOptimizer:
     @property
     def norm_dtype(self) -> torch.dtype:
         """The dtype that the norm of all gradients has: on every rank the same."""
-        return functools.reduce(torch.promote_types, [u.memory.master_dtype for u in self.used_units], torch.float32)
+        return functools.reduce(
+            torch.promote_types, [u.memory.master_dtype.to_real() for u in self.used_units], torch.float32
+        )
 
     @property
     def used_units(self) -> list[Unit]:

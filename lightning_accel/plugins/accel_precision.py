@@ -83,6 +83,10 @@ class PolicyPrecision:
         module = self.policy.convert(module)
         return with_float8(module, self.policy.float8) if self.policy.float8 else module
 
+    def restore_module(self, module: nn.Module) -> None:
+        """Take back what ``convert_module`` did, after a stage."""
+        self.policy.restore(module)
+
     def module_init_context(self) -> AbstractContextManager[Any]:
         """Within it, parameters are made in the dtype that they are updated in."""
         return _default_dtype(self.policy.master)

@@ -104,16 +104,26 @@ class DtypePolicy:
 
     def convert(self, module: nn.Module) -> nn.Module:
         """Have a module's floating-point parameters and buffers be what the policy says, in place."""
-        buffers = {id(buffer) for buffer in module.buffers()}
 
         def convert(tensor: Tensor) -> Tensor:
-            dtype = self.buffers if id(tensor) in buffers else self.master
+            dtype = self.master if isinstance(tensor, nn.Parameter) else self.buffers
             return tensor if dtype is None or not tensor.is_floating_point() else tensor.to(dtype)
 
         module._apply(convert)  # and not ``to``, which would make complex parameters real
         if not self.autocast:
             _update_properties(module, dtype=self.compute)  # what a LightningModule says of itself
         return module
+
+    def restore(self, module: nn.Module) -> None:
+        """Have a module that was given back be of one dtype again, where ``convert`` had buffers be of another."""
+        if self.autocast or self.compute is self.master:
+            return
+
+        def restore(tensor: Tensor) -> Tensor:
+            return tensor.to(self.master) if tensor.dtype is self.buffers else tensor
+
+        module._apply(restore)
+        _update_properties(module, dtype=self.master)
 
     def require_device(self, device: str, *, ask: bool = True) -> None:
         """Raise if a device cannot do it.

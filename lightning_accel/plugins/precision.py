@@ -66,7 +66,9 @@ def with_engine(plugin: Plugin, grad_scaler: GradScaler | None = None) -> Plugin
     changed = copy.copy(plugin)
     scaler = getattr(plugin, "scaler", None)
     if grad_scaler is not None:
-        if not isinstance(plugin, (MixedPrecision, FabricMixedPrecision)):
+        policy = getattr(plugin, "policy", None)
+        narrows = policy is None or (policy.compute.itemsize == 2 and policy.compute is not policy.master)
+        if not (isinstance(plugin, (MixedPrecision, FabricMixedPrecision)) and narrows):
             raise ValueError(
                 "Expected precision='16-mixed' or 'bf16-mixed' together with grad_scaler, got"
                 f" {getattr(plugin, 'precision', type(plugin).__name__)!r}. Leave grad_scaler out."
