@@ -97,3 +97,17 @@ def test_finite_gradients_whose_powers_overflow_are_clipped(p, sharded):
     expected = torch.linalg.vector_norm(torch.tensor([3.0, 4.0]), p) * 1e30
     torch.testing.assert_close(norm, expected, rtol=1e-6, atol=0)
     torch.testing.assert_close(torch.cat(ours), torch.tensor([3e30, 0.0, 4e30]) / expected, rtol=1e-6, atol=0)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.complex64])
+@pytest.mark.parametrize("p", [1.0, 2.0, math.inf])
+def test_norms_of_other_dtypes_are_in_fp32(dtype, p):
+    torch.manual_seed(0)
+    ours = [torch.randn(1000, dtype=dtype), torch.randn(7, dtype=torch.float32)]
+    expected = torch.tensor([torch.linalg.vector_norm(g.to(torch.complex128), p) for g in ours]).norm(p)
+    norm = clip_grad_norm(Gradients(ours), 1.0, p, True, False, Alone())
+    assert norm.dtype is torch.float32
+    torch.testing.assert_close(norm.double(), expected, rtol=2e-6, atol=0)
+    clipped = torch.tensor([torch.linalg.vector_norm(g.to(torch.complex128), p) for g in ours]).norm(p)
+    # Each product is rounded, to 8 bits at worst.
+    torch.testing.assert_close(clipped, torch.ones_like(clipped), rtol=2**-8, atol=0)

@@ -131,13 +131,14 @@ def test_with_other_settings(ranks2: Ranks, options: dict[str, Any]) -> None:
         assert found[0] < SINGLE
 
 
-def looked_at(row: str) -> dict[str, list[float]]:
+def looked_at(row: str, dtype: torch.dtype) -> dict[str, list[float]]:
     """What gradients of ones are to those who look or add after clipping to half their norm."""
-    module = build(lambda: nn.Linear(4, 1, bias=False))
+    module = build(lambda: nn.Linear(4, 1, bias=False), dtype)
     engine = Engine(module, row)
     optimizer = torch.optim.SGD(module.parameters(), lr=1.0, fused=True)
     added = engine.add_optimizer(optimizer)
-    x = torch.ones(1, 4, dtype=torch.float64)
+    x = torch.ones(1, 4, dtype=dtype)
+    torch.set_default_dtype(torch.float64 if dtype is torch.float32 else torch.bfloat16)  # says nothing of gradients
     found: dict[str, list[float]] = {}
 
     def full() -> list[float]:
@@ -161,7 +162,7 @@ def looked_at(row: str) -> dict[str, list[float]]:
     engine.backward(module(x).sum())
     found["more"] = full()
     clipped()
-    module.weight.grad = torch.full((1, 4), 3.0, dtype=torch.float64)
+    module.weight.grad = torch.full((1, 4), 3.0, dtype=dtype)
     found["assigned"] = full()
     clipped()
     module.weight.grad.zero_()
@@ -170,23 +171,40 @@ def looked_at(row: str) -> dict[str, list[float]]:
     before = values(engine)[0]
     optimizer.step()
     found["step"] = (before - values(engine)[0]).flatten().tolist()
-    found["after"] = full()
+    found["after"] = [*full(), float(engine.grad_norm(optimizer))]
+    clipped()
+    seen: list[float] = []
+
+    def look(stepped: torch.optim.Optimizer, *_: Any) -> None:
+        for group in stepped.param_groups:
+            for segment in group["params"]:
+                seen.extend(segment.grad.flatten().tolist())
+                segment.grad.clamp_(max=0.25)
+
+    before, handle = values(engine)[0], optimizer.register_step_pre_hook(look)
+    optimizer.step()
+    handle.remove()
+    found["hook"] = seen
+    found["clamped"] = (before - values(engine)[0]).flatten().tolist()
     engine.close()
     return found
 
 
 @pytest.mark.parametrize("row", everyday(["ddp", *SHARDED]))
-def test_who_looks_finds_the_product(ranks2: Ranks, row: str) -> None:
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_who_looks_finds_the_product(ranks2: Ranks, row: str, dtype: torch.dtype) -> None:
     # clip_grad_norm_ divides by the norm plus 1e-6.
     half = pytest.approx([0.5] * 4, rel=1e-6)
-    for found in ranks2.run(looked_at, row):
+    for found in ranks2.run(looked_at, row, dtype):
         assert found["full"] == half
         assert found["norm"] == pytest.approx([1.0, 2.0], rel=1e-6)
         assert found["again"] == pytest.approx([1.0, *[0.25] * 4], rel=1e-5)
         assert all(value == pytest.approx(0.25, rel=1e-5) for value in found["tensors"])
-        assert found["value"] == pytest.approx([0.1] * 4, rel=1e-12)
+        assert found["value"] == pytest.approx([0.1] * 4, rel=1e-7)
         assert found["more"] == pytest.approx([1.5] * 4, rel=1e-6)
         assert found["assigned"] == [3.0] * 4
         assert found["zeroed"] == [0.0] * 5
         assert found["step"] == half
-        assert found["after"] == half
+        assert found["after"] == pytest.approx([*[0.5] * 4, 1.0], rel=1e-6)
+        assert all(value == pytest.approx(0.5, rel=1e-6) for value in found["hook"])
+        assert found["clamped"] == pytest.approx([0.25] * 4, rel=1e-6)

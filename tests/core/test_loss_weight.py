@@ -133,10 +133,23 @@ def on_top_of_a_step(row: str) -> None:
     backward(engine, 1.0)
 
 
+def within_no_sync_only(row: str) -> None:
+    engine = one_weight(row)
+    with engine.no_sync():
+        backward(engine, 100.0)
+    engine.clip_grad_norm_(engine.optimizers[0].optimizer, 1.0)
+
+
+def without_optimizer(row: str) -> None:
+    backward(Engine(build(lambda: nn.Linear(2, 1, bias=False)), row), 1.0)
+
+
 @pytest.mark.parametrize("row", everyday(["ddp", "zero2"]))
 @pytest.mark.parametrize(
     ("mistake", "message"),
     [
+        (within_no_sync_only, "outside of no_sync"),
+        (without_optimizer, "Expected an optimizer before losses have weights"),
         (on_one_rank_only, "to have a weight or none to have one, got both for a SGD"),
         (on_one_micro_batch_only, "to have a weight or none to have one, got both for a SGD"),
         (on_top_of_a_step, "Expected gradients to be dropped"),
@@ -195,6 +208,32 @@ def of_two_optimizers(row: str) -> list[float]:
 def test_each_optimizer_has_a_mean_of_its_own(ranks2: Ranks, row: str) -> None:
     for moved in ranks2.run(of_two_optimizers, row):
         assert moved == pytest.approx([(1 * 1 + 2 * 2) / 3, 1.5], rel=1e-12)
+
+
+def in_turns(row: str) -> list[float]:
+    """As GANs are trained: each optimizer drops its own gradients before its own backward, and steps after it."""
+    module = build(lambda: nn.ModuleList([nn.Linear(1, 1, bias=False), nn.Linear(1, 1, bias=False)]))
+    engine = Engine(module, row)
+    optimizers = [torch.optim.SGD(part.parameters(), lr=1.0) for part in module]
+    for optimizer in optimizers:
+        engine.add_optimizer(optimizer)
+    start = values(engine)
+    size = 1.0 + dist.get_rank()  # 1 and 2
+    for _ in range(2):
+        for part, optimizer in zip(module, optimizers, strict=True):
+            optimizer.zero_grad()
+            with engine.forward_context():
+                loss = part(torch.full((1, 1), size, dtype=torch.float64)).sum()
+            engine.set_loss_weight(size)
+            engine.backward(loss)
+            optimizer.step()
+    return [float(a - b) for a, b in zip(start, values(engine), strict=True)]
+
+
+@pytest.mark.parametrize("row", everyday(["ddp", "zero2", "fsdp"]))
+def test_optimizers_may_take_turns(ranks2: Ranks, row: str) -> None:
+    for moved in ranks2.run(in_turns, row):
+        assert moved == pytest.approx([2 * (1 * 1 + 2 * 2) / 3] * 2, rel=1e-12)
 
 
 def without_a_token(row: str) -> list[float]:

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 from harness import Ranks
 from lightning_accel import AccelPrecision, engine_of
+from lightning_accel.core import GradScaler
 from lightning_accel.core.placement import find_row
 from lightning_accel.plugins import float8
 from lightning_accel.plugins.precision import require_suitable
@@ -207,6 +208,37 @@ def test_without_autocast_all_is_narrow_but_what_is_updated(ranks2: Ranks, row: 
             torch.testing.assert_close(result[name], value, rtol=1e-5, atol=1e-6)
 
 
+class Shared(Seen):
+    """With a part that two others hold, and statistics."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.norm = nn.BatchNorm1d(5)
+        angles = nn.Module()
+        angles.register_buffer("angles", torch.ones(5))
+        self.holders = nn.ModuleList([nn.ModuleList([angles]), nn.ModuleList([angles])])
+
+    def forward(self, x: Tensor) -> Tensor:
+        angles = self.holders[1][0].angles
+        self.seen.add(("buffer", angles.dtype))
+        return super().forward(self.norm(x * angles))
+
+
+def given_back(row: str) -> tuple[set[tuple[str, torch.dtype]], set[torch.dtype], torch.dtype, torch.dtype]:
+    module = Shared()
+    plugin = AccelPrecision(compute=BF16, autocast=False)
+    trainer(f"accel_{row}", plugins=[plugin]).fit(module, float32())
+    dtypes = {t.dtype for t in [*module.parameters(), *module.buffers()] if t.is_floating_point()}
+    return module.seen, dtypes, module.dtype, module(torch.ones(2, 5)).dtype
+
+
+@pytest.mark.parametrize("row", everyday(["zero2", "fsdp"]))
+def test_a_module_is_given_back_in_one_dtype(ranks2: Ranks, row: str) -> None:
+    for seen, dtypes, dtype, output in ranks2.run(given_back, row):
+        assert ("buffer", BF16) in seen
+        assert (dtypes, dtype, output) == ({F32}, F32, F32)
+
+
 def in_fabric(row: str, **settings: Any) -> Any:
     made = fabric(f"accel_{row}", devices=2, **settings)
     made.launch()
@@ -289,6 +321,10 @@ def test_what_row_and_strategy_contradict_is_refused_at_once(module: str) -> Non
         make(kind(stage=2, param_dtype=F32), compute=BF16, param=BF16)
     with pytest.raises(ValueError, match=r"Expected one reduce dtype, got reduce_dtype=torch.bfloat16"):
         make(kind(stage=2, reduce_dtype=BF16), compute=BF16, reduce=F32)
+    for settings in ({}, {"compute": F16, "autocast": False, "master": F16}):
+        scaled = kind(stage=2, grad_scaler=GradScaler("static", init_scale=4.0))
+        with pytest.raises(ValueError, match="together with grad_scaler, got '(32|16)-true'"):
+            make(scaled, **settings)
     make("accel_ddp", compute=BF16, param=F32)
     make(kind(stage=2, param_dtype=F32), compute=BF16)
     make(kind(stage=2, reduce_dtype=F32), compute=BF16, reduce=F32)

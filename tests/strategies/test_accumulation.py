@@ -116,6 +116,69 @@ def test_with_weights_each_sample_counts_the_same(ranks2: Ranks, row: str, says:
         assert_close(result, expected)
 
 
+class Turns(Regression):
+    """Two optimizers under manual optimization, each of which has a backward in a step."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.automatic_optimization = False
+
+    def training_step(self, batch: Any, batch_idx: int) -> None:
+        index, x, y = batch
+        mask = counted(index)
+        for optimizer in self.optimizers():
+            optimizer.zero_grad()
+            self.toggle_optimizer(optimizer)
+            self.manual_backward(mse_loss(self(x)[mask], y[mask]))
+            optimizer.step()
+            self.untoggle_optimizer(optimizer)
+
+    def configure_optimizers(self) -> Any:
+        blocks, others = self.net.blocks.parameters(), [*self.net.first.parameters(), *self.net.last.parameters()]
+        return [torch.optim.AdamW(blocks, lr=0.02), torch.optim.AdamW(others, lr=0.02)]
+
+
+def fit_in_turns(row: str) -> dict[str, Tensor]:
+    module = Turns()
+    trainer(STRATEGIES[row](loss_weight=weight_of), max_epochs=2).fit(module, loader())
+    return values(module)
+
+
+@pytest.mark.parametrize("row", everyday(["ddp", "zero2", "fsdp"]))
+def test_the_strategys_weight_is_for_every_backward_of_a_step(ranks2: Ranks, row: str) -> None:
+    expected = Turns()
+    optimizers = expected.configure_optimizers()
+    for _ in range(2):
+        for index, x, y in loader():
+            for optimizer in optimizers:
+                optimizer.zero_grad()
+                mse_loss(expected(x)[counted(index)], y[counted(index)]).backward()
+                optimizer.step()
+    for result in ranks2.run(fit_in_turns, row):
+        assert_close(result, values(expected))
+
+
+class Skipping(Constant):
+    """Has no loss for the last batch of a window, which Lightning allows to a single process."""
+
+    def training_step(self, batch: Any, batch_idx: int) -> Tensor | None:
+        return None if batch_idx in (2, 3) else super().training_step(batch, batch_idx)
+
+
+def test_what_has_no_loss_does_not_count(ranks_of: Any) -> None:
+    expected = single_process([[torch.arange(16)]])
+    for result in ranks_of(1).run(fit_skipping):
+        assert_close(result, expected)
+
+
+def fit_skipping() -> dict[str, Tensor]:
+    used = trainer(
+        AccelZeROStrategy(stage=2), devices=1, max_epochs=EPOCHS, accumulate_grad_batches=4, gradient_clip_val=0.5
+    )
+    used.fit(module := Skipping(), loader())
+    return values(module)
+
+
 def loop_in_fabric(row: str, modules: int) -> dict[str, Tensor]:
     fabric = Fabric(accelerator="cpu", devices=2, strategy=f"accel_{row}")
     fabric.launch()
