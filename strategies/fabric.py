@@ -456,15 +456,16 @@ class _EngineSyncControl(_BackwardSyncControl):
 
 
 def _weigh(loss: Tensor, engines: Sequence[Engine]) -> Tensor:
-    """A loss times the weight that any engine was given for it; the others are told."""
+    """A loss times the weight that any engine was given for it; others that train are told."""
     weights = {engine.loss_weight for engine in engines} - {None}
     if len(weights) > 1:
         raise ValueError(f"Expected one weight for a loss, got {sorted(weights)} for several modules.")  # type: ignore[type-var]
     for weight in weights:
         assert weight is not None
-        for engine in engines:
+        told = [engine for engine in engines if engine.optimizers or engine.loss_weight is not None]
+        for engine in told:
             engine.set_loss_weight(weight)
-        return engines[0].weigh(loss)
+        return told[0].weigh(loss)
     return loss
 
 

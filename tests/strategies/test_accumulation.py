@@ -185,8 +185,9 @@ def loop_in_fabric(row: str, modules: int) -> dict[str, Tensor]:
     net = Regression()
     model, optimizer = fabric.setup(net, torch.optim.AdamW(net.parameters(), lr=0.02))
     for _ in range(modules - 1):
-        other = nn.Linear(2, 2)
-        fabric.setup(other, torch.optim.SGD(other.parameters(), lr=0.1))
+        other, frozen = nn.Linear(2, 2), nn.Linear(2, 2)
+        kept = [fabric.setup(other, torch.optim.SGD(other.parameters(), lr=0.1)), fabric.setup_module(frozen)]
+        assert len(kept) == 2
     for _ in range(EPOCHS):
         for number, (index, x, y) in enumerate(loader()):
             if number in (0, ACCUMULATE):
