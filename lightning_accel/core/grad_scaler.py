@@ -17,7 +17,8 @@ not of a norm, whose sum of squares may overflow while no element does.
 [Note: when a verdict ends]
 torch forgets about all optimizers at ``update``. Lightning calls that after each optimizer's step, so gradients that
 were unscaled for clipping but belong to an optimizer that steps later would be divided twice. Here an optimizer's
-verdict lasts until it has stepped or there was another backward; the scale follows each verdict once.
+verdict lasts until it has stepped or there was another backward; the scale follows each verdict once. A common verdict
+lasts until all of its optimizers have stepped, and the scale follows then.
 """
 
 from __future__ import annotations
@@ -55,7 +56,8 @@ class GradScaler:
     Args:
         rule: How the scale changes: ``"torch"``, ``"deepspeed"`` or ``"static"``.
         common_verdict: With several optimizers, skip all of their steps if one of them must be skipped. ``unscale_``
-            must then be called for each before the first ``step``. By default, as with torch, each optimizer has a
+            (or clipping by Lightning, which does it) must then be called for each before the first ``step``, and each
+            must step. By default, as with torch, each optimizer has a
             verdict of its own.
         enabled: If False, every method does nothing or passes on what it was given.
         settings: Fields of :class:`~lightning_accel.core.loss_scale.ScaleRule` that are to differ from the rule's own:
@@ -236,6 +238,8 @@ class GradScaler:
             return
         if new_scale is None and not self._checked:
             raise RuntimeError("Expected scaler.step(optimizer) or unscale_(optimizer) before scaler.update().")
+        if self._common_verdict and new_scale is None and not all(c.stepped for c in self._checked.values()):
+            return  # see [Note: when a verdict ends]
         new = [checked for checked in self._checked.values() if not checked.counted]
         for side, checked in list(self._checked.items()):
             checked.counted = True

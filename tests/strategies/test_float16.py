@@ -14,6 +14,7 @@ from lightning.fabric import Fabric
 from lightning.fabric.plugins.precision import MixedPrecision as FabricMixedPrecision
 from lightning.pytorch.accelerators import CPUAccelerator
 from lightning.pytorch.plugins.precision import MixedPrecision
+from lightning.pytorch.strategies import StrategyRegistry
 from models import ROWS, Net, Regression, alone, loader, trainer, values
 from torch import Tensor, nn
 
@@ -197,20 +198,23 @@ class Manual(Plain):
         return [torch.optim.SGD(blocks, lr=0.1), torch.optim.Adam(others, lr=0.01)]
 
 
-def fit_manually(row: str) -> tuple[list[Any], int, float]:
+def fit_manually(row: str, common: bool) -> tuple[list[Any], list[float], int, float]:
     module = Manual()
-    used = scaled(row)
+    entry = StrategyRegistry[f"accel_{row}"]
+    scaler = GradScaler(init_scale=SCALE, common_verdict=common)
+    used = trainer(entry["strategy"](**entry["init_params"], grad_scaler=scaler), precision="16-mixed")
     used.fit(module, float32())
     return module.steps, module.norms, used.scaler.skipped_steps, used.scaler.get_scale()
 
 
+@pytest.mark.parametrize("common", [False, True])
 @pytest.mark.parametrize("row", everyday(["ddp", "zero1", "zero2"]))
-def test_manual_optimization_with_a_verdict_for_each_optimizer(ranks2: Ranks, row: str) -> None:
-    for moved, norms, skipped, scale in ranks2.run(fit_manually, row):
+def test_manual_optimization_with_verdicts_of_two_optimizers(ranks2: Ranks, row: str, common: bool) -> None:
+    for moved, norms, skipped, scale in ranks2.run(fit_manually, row, common):
         # The norm that clipping leaves is that of unscaled gradients: scaled ones had been divided after it.
         assert max(norm for norm in norms if math.isfinite(norm)) == pytest.approx(0.5, rel=1e-5)
-        assert moved == [[True, True], [False, True], [True, True], [True, True]]
-        assert (skipped, scale) == (1, SCALE / 2)
+        assert moved == [[True, True], [False, not common], [True, True], [True, True]]
+        assert (skipped, scale) == (1 + common, SCALE / 2)
 
 
 # ------------------------------------------------------------------ checkpoints
