@@ -139,8 +139,21 @@ class Regression(pl.LightningModule):
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
 
 
+class MeanOfShortWindows(pl.Callback):
+    """Has Lightning's own strategies take the mean over the batches of an epoch's last window, as ours do."""
+
+    def on_before_optimizer_step(self, trainer: pl.Trainer, pl_module: Any, optimizer: torch.optim.Optimizer) -> None:
+        batches = trainer.fit_loop.epoch_loop.batch_progress.current.ready % trainer.accumulate_grad_batches
+        for group in optimizer.param_groups if batches else []:
+            for parameter in group["params"]:
+                if parameter.grad is not None:
+                    parameter.grad.mul_(trainer.accumulate_grad_batches / batches)
+
+
 def trainer(strategy: Any, devices: int = 2, **arguments: Any) -> pl.Trainer:
     """A quiet Trainer on the CPU."""
+    if strategy in ("auto", "ddp"):
+        arguments["callbacks"] = [*(arguments.get("callbacks") or []), MeanOfShortWindows()]
     quiet = {
         "logger": False,
         "enable_checkpointing": False,
