@@ -21,8 +21,8 @@ from benchmarks.stats import Spread
 from lightning_accel.core import Engine, GradScaler
 
 SCALE = 2.0**16
-"""Small enough a limit that clipping is always needed."""
 LIMIT = 1e-3
+"""Small enough a limit that clipping is always needed."""
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -62,7 +62,8 @@ def _compare(name: str, rounds: int) -> None:
 
 
 Run = Callable[[bool], tuple[float, float, float]]
-"""Norm, seconds of unscaling and clipping, seconds of the step; whether to unscale and clip at all."""
+"""Norm, seconds of unscaling and clipping, seconds of the step; whether to unscale and clip at all (torch always
+does)."""
 
 
 def _torchs(name: str, gradients: Sequence[torch.Tensor]) -> Run:
@@ -72,7 +73,7 @@ def _torchs(name: str, gradients: Sequence[torch.Tensor]) -> Run:
     for parameter, gradient in zip(parameters, gradients, strict=True):
         parameter.grad = gradient.clone()
 
-    def run(clips: bool) -> tuple[float, float, float]:
+    def run(_: bool) -> tuple[float, float, float]:
         for parameter, gradient in zip(parameters, gradients, strict=True):
             assert parameter.grad is not None
             torch.mul(gradient, SCALE, out=parameter.grad)
