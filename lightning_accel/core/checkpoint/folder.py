@@ -1,0 +1,183 @@
+"""A folder on any file system that fsspec knows: what checkpoints are read from and written to."""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import math
+import os
+import shutil
+import time
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, contextmanager
+from pathlib import Path
+from typing import IO, Any
+
+from fsspec.core import url_to_fs
+from fsspec.implementations.local import LocalFileSystem
+
+_AT_FDCWD = -100
+_RENAME_EXCHANGE = 2
+
+
+class Folder:
+    """A path, and what can be done with it.
+
+    Args:
+        path: Of a local folder, or a URL.
+
+    """
+
+    def __init__(self, path: str | os.PathLike[str]) -> None:
+        self.url = os.fspath(path).rstrip("/")
+        fs, self.path = url_to_fs(self.url)
+        self._fs: Any = fs
+        self.is_local = isinstance(fs, LocalFileSystem)
+
+    def __str__(self) -> str:
+        return self.url
+
+    @property
+    def name(self) -> str:
+        """The last part of the path."""
+        return str(self.path).rstrip("/").rsplit("/", 1)[-1]
+
+    def beside(self, name: str) -> Folder:
+        """Another entry of the folder that this one is in."""
+        head, slash, _ = self.url.rpartition("/")
+        return Folder(f"{head}{slash}{name}")
+
+    def siblings(self) -> list[str]:
+        """The names of the entries of the folder that this one is in."""
+        parent = self.path.rpartition("/")[0] or "/"
+        if not self._fs.isdir(parent):
+            return []
+        return [entry.rstrip("/").rsplit("/", 1)[-1] for entry in self._fs.ls(parent, detail=False)]
+
+    # ----------------------------------------------------------------- reading
+
+    def exists(self) -> bool:
+        """Whether there is anything."""
+        return bool(self._fs.exists(self.path))
+
+    def is_folder(self) -> bool:
+        """Whether it is a folder."""
+        return bool(self._fs.isdir(self.path))
+
+    def size(self, name: str) -> int | None:
+        """Bytes of a file; None if it is not there."""
+        try:
+            return int(self._fs.size(self._file(name)))
+        except FileNotFoundError:
+            return None
+
+    def read(self, name: str) -> bytes:
+        """The content of a file."""
+        return bytes(self._fs.cat_file(self._file(name)))
+
+    def open(self, name: str) -> AbstractContextManager[IO[bytes]]:
+        """A file, to be read."""
+        if self.is_local:
+            return open(self._file(name), "rb", buffering=0)
+        return self._fs.open(self._file(name), "rb")  # type: ignore[no-any-return]
+
+    def _file(self, name: str) -> str:
+        return f"{self.path}/{name}"
+
+    # ----------------------------------------------------------------- writing
+
+    def make(self) -> None:
+        """Create it, with all folders it is in."""
+        self._fs.makedirs(self.path, exist_ok=True)
+
+    @contextmanager
+    def create(self, name: str) -> Iterator[IO[bytes]]:
+        """A new file, which has reached the disk when this is left."""
+        with self._fs.open(self._file(name), "wb") as stream:
+            yield stream
+            if self.is_local:
+                stream.flush()
+                os.fsync(stream.fileno())
+
+    def write(self, name: str, content: bytes) -> None:
+        """Create a file that reaches the disk."""
+        with self.create(name) as stream:
+            stream.write(content)
+
+    def link(self, name: str, source: str) -> bool:
+        """Have a local file of another folder here as well; whether that was possible."""
+        if not self.is_local:
+            return False
+        try:
+            os.link(source, self._file(name))
+        except OSError:
+            return False
+        return True
+
+    def sync(self) -> None:
+        """Have the names of its files reach the disk."""
+        if self.is_local:
+            _sync(self.path)
+
+    def age(self) -> float:
+        """Seconds since anything in it was last changed; infinite where the file system does not say."""
+        if not self.is_local:
+            return math.inf
+        try:
+            names = [self.path, *(entry.path for entry in os.scandir(self.path))]
+            return time.time() - max(os.stat(name).st_mtime for name in names)
+        except OSError:
+            return math.inf  # it is gone, or just going
+
+    def delete(self, name: str) -> None:
+        """Delete a file."""
+        self._fs.rm_file(self._file(name))
+
+    def remove(self) -> None:
+        """Delete it with all that is in it."""
+        if self.is_local:
+            if os.path.isdir(self.path) and not os.path.islink(self.path):
+                shutil.rmtree(self.path, ignore_errors=True)
+            else:
+                Path(self.path).unlink(missing_ok=True)
+        elif self._fs.exists(self.path):
+            self._fs.rm(self.path, recursive=True)
+
+    def replace(self, other: Folder) -> None:
+        """Rename this to ``other``, instead of what is there; that is deleted when this is in its place.
+
+        On local file systems of Linux there is no moment without one of the two. Elsewhere the former one has the name
+        of this one with ``.old`` at its end for a moment. Object stores cannot rename: there it is deleted first.
+        """
+        if not self.is_local:
+            other.remove()
+            self._fs.mv(self.path, other.path, recursive=True)
+            return
+        if not os.path.lexists(other.path):
+            os.rename(self.path, other.path)
+        elif _exchange(self.path, other.path):
+            self.remove()
+        else:
+            former = Folder(f"{self.url}.old")
+            os.rename(other.path, former.path)
+            os.rename(self.path, other.path)
+            former.remove()
+        _sync(os.path.dirname(other.path) or ".")
+
+
+def _sync(path: str) -> None:
+    with contextlib.suppress(OSError):  # some file systems cannot
+        handle = os.open(path, os.O_RDONLY)
+        try:
+            os.fsync(handle)
+        finally:
+            os.close(handle)
+
+
+def _exchange(one: str, other: str) -> bool:
+    """Exchange two names at once; False where the system or the file system cannot."""
+    try:
+        rename = ctypes.CDLL(None, use_errno=True).renameat2
+    except (AttributeError, OSError):
+        return False
+    return bool(rename(_AT_FDCWD, os.fsencode(one), _AT_FDCWD, os.fsencode(other), _RENAME_EXCHANGE) == 0)

@@ -1,0 +1,100 @@
+"""Checkpoints as nested dictionaries and lists: tensors are taken out to be saved, and put in again."""
+
+from __future__ import annotations
+
+from collections.abc import Hashable, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from lightning_accel.core.checkpoint.shard import Shard
+from lightning_accel.core.checkpoint.stored import StoredTensor
+
+Path = tuple[str | int, ...]
+"""Keys of dictionaries and indices of lists, from the outermost on."""
+
+_SMALL_BYTES = 2**16
+"""Tensors that no rank has a part of go with the objects up to this size."""
+
+
+def take_tensors(nest: Any) -> tuple[dict[Path, Shard], Any]:
+    """Take what is stored as tensors out of a checkpoint.
+
+    That is parts of tensors, what is in one dictionary with them (buffers are) unless it is a single number, and other
+    large tensors.
+
+    Args:
+        nest: The checkpoint.
+
+    Returns:
+        The tensors by path, and the checkpoint without them. What was one object at two places is so still.
+
+    """
+    found: dict[Path, Shard] = {}
+    made: dict[Hashable, Shard] = {}
+
+    def stored(value: Any, beside: bool) -> bool:
+        if not isinstance(value, Tensor):
+            return False
+        ordinary = value.layout is torch.strided and not value.is_quantized and not value.is_nested
+        if isinstance(value, Shard | StoredTensor):
+            return True
+        return ordinary and (beside and value.dim() > 0 or value.nbytes > _SMALL_BYTES)
+
+    def walk(value: Any, path: Path) -> Any:
+        if isinstance(value, Mapping) and all(isinstance(key, str | int) for key in value):
+            beside = any(isinstance(entry, Shard | StoredTensor) for entry in value.values())
+            kept = {}
+            for key, entry in value.items():
+                if stored(entry, beside):
+                    found[(*path, key)] = _shard(entry, made)
+                else:
+                    kept[key] = walk(entry, (*path, key))
+            return kept
+        if isinstance(value, list | tuple) and type(value) in (list, tuple):
+            return type(value)(
+                _taken(found, made, entry, (*path, index)) if stored(entry, False) else walk(entry, (*path, index))
+                for index, entry in enumerate(value)
+            )
+        return value
+
+    return found, walk(nest, ())
+
+
+def _taken(found: dict[Path, Shard], made: dict[Hashable, Shard], entry: Any, path: Path) -> Any:
+    found[path] = _shard(entry, made)
+    return None
+
+
+def _shard(entry: Tensor, made: dict[Hashable, Shard]) -> Shard:
+    """What stands for a tensor; the same object if it is the same memory."""
+    if isinstance(entry, Shard):
+        return entry
+    identity: Hashable = id(entry)
+    if not isinstance(entry, StoredTensor) and entry.numel():
+        identity = entry.data_ptr(), entry.shape, entry.stride(), entry.dtype
+    if identity not in made:
+        made[identity] = Shard.whole(entry)
+    return made[identity]
+
+
+def put_tensors(nest: Any, tensors: Mapping[Path, Any]) -> Any:
+    """Put tensors back where ``take_tensors`` has taken them from; where there is nothing, dictionaries are made."""
+    for path, tensor in tensors.items():
+        nest = _put(nest, path, tensor)
+    return nest
+
+
+def _put(nest: Any, path: Path, tensor: Any) -> Any:
+    if not path:
+        return tensor
+    first, rest = path[0], path[1:]
+    if isinstance(nest, list | tuple):
+        assert isinstance(first, int)
+        changed = [_put(entry, rest, tensor) if index == first else entry for index, entry in enumerate(nest)]
+        return type(nest)(changed)
+    if nest is None:
+        nest = {}
+    nest[first] = _put(nest.get(first), rest, tensor)
+    return nest

@@ -1,0 +1,145 @@
+"""Writes this rank's files of a checkpoint directory."""
+
+from __future__ import annotations
+
+import hashlib
+import zlib
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import IO, Any
+
+import torch
+from torch import Tensor
+from torch.distributed.checkpoint.filesystem import _StorageInfo
+from torch.distributed.checkpoint.metadata import MetadataIndex
+
+from lightning_accel.core.checkpoint.folder import Folder
+from lightning_accel.core.checkpoint.manifest import File
+from lightning_accel.core.checkpoint.shard import Part
+
+
+@dataclass
+class Written:
+    """What a rank has written."""
+
+    places: dict[MetadataIndex, Any] = field(default_factory=dict)
+    """Where each chunk is, as torch.distributed.checkpoint wants to know it."""
+    files: dict[str, File] = field(default_factory=dict)
+    """By name."""
+
+
+@dataclass
+class Kept:
+    """What a rank has written last of tensors that are not trained. See ``write_frozen``."""
+
+    digests: dict[MetadataIndex, bytes]
+    written: Written
+    path: str
+    """Where the file is, once the checkpoint has its name."""
+
+
+class _Summing:
+    """A stream that counts what is written to it."""
+
+    def __init__(self, stream: IO[bytes]) -> None:
+        self._stream = stream
+        self.begin()
+        self.nbytes = 0
+
+    def begin(self) -> None:
+        self.crc32, self.length = 0, 0
+
+    def write(self, content: Any) -> int:
+        self.crc32 = zlib.crc32(content, self.crc32)
+        size = memoryview(content).nbytes
+        self.length += size
+        self.nbytes += size
+        self._stream.write(content)
+        return size
+
+    def flush(self) -> None:
+        self._stream.flush()
+
+
+def write_file(folder: Folder, name: str, parts: Mapping[MetadataIndex, Part]) -> Written:
+    """Write chunks to one file, one after the other.
+
+    Args:
+        folder: Where.
+        name: Of the file.
+        parts: The chunks' values; what they are on another device, or not end to end in memory, is copied one by one.
+
+    """
+    written = Written()
+    if not parts:
+        return written
+    file = File(0)
+    with folder.create(name) as stream:
+        summing = _Summing(stream)
+        for index, part in parts.items():
+            offset = summing.nbytes
+            summing.begin()
+            torch.save(_alone(part if isinstance(part, Tensor) else part()), summing)  # type: ignore[arg-type]
+            file.chunks[offset] = summing.length, summing.crc32
+            written.places[index] = _StorageInfo(name, offset, summing.length)
+    file.nbytes = summing.nbytes
+    written.files[name] = file
+    return written
+
+
+def write_frozen(
+    folder: Folder, name: str, parts: Mapping[MetadataIndex, Part], kept: Kept | None, final: str
+) -> tuple[Written, Kept | None]:
+    """Write chunks of tensors that are not trained, or share the former checkpoint's file if they are what they were.
+
+    The file is linked, so that either checkpoint may be deleted.
+
+    Args:
+        folder: Where.
+        name: Of the file.
+        parts: The chunks' values.
+        kept: What this function returned last.
+        final: The path of the checkpoint when it is complete.
+
+    """
+    if not parts:
+        return Written(), None
+    digests = {index: _digest(part) for index, part in parts.items()}
+    if kept is not None and kept.digests == digests and folder.link(name, kept.path):
+        return kept.written, Kept(digests, kept.written, f"{final}/{name}")
+    written = write_file(folder, name, parts)
+    return written, Kept(digests, written, f"{final}/{name}")
+
+
+def _digest(part: Part) -> bytes:
+    values = _alone(part if isinstance(part, Tensor) else part())
+    content = values.reshape(-1).view(torch.uint8).numpy() if values.numel() else b""
+    return hashlib.sha256(f"{values.dtype} {tuple(values.shape)}".encode() + bytes(content)).digest()
+
+
+def _alone(part: Tensor) -> Tensor:
+    """A chunk on the CPU whose memory holds nothing else: torch.save writes all of the memory behind a tensor."""
+    values = part.detach().to("cpu").contiguous()
+    storage = values.untyped_storage()
+    if storage.nbytes() == values.nbytes:
+        return values
+    start = values.storage_offset() * values.element_size()
+    inner = storage[start : start + values.nbytes]
+    assert isinstance(inner, torch.UntypedStorage)
+    return torch.empty(0, dtype=values.dtype).set_(inner, 0, values.shape, values.stride())
+
+
+def host_copies(parts: Sequence[tuple[MetadataIndex, Part]]) -> dict[MetadataIndex, Part]:
+    """Copies in host memory, pinned where they come from an accelerator."""
+    copies: dict[MetadataIndex, Part] = {}
+    devices = set()
+    for index, part in parts:
+        values = (part if isinstance(part, Tensor) else part()).detach()
+        accelerated = values.device.type != "cpu"
+        copy = torch.empty(values.shape, dtype=values.dtype, pin_memory=accelerated)
+        copies[index] = copy.copy_(values, non_blocking=accelerated)
+        devices.add(values.device)
+    for device in devices:
+        if device.type != "cpu":
+            torch.get_device_module(device).synchronize(device)
+    return copies
