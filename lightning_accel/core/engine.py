@@ -16,7 +16,7 @@ from __future__ import annotations
 import contextlib
 import os
 import weakref
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from typing import Any
 
@@ -181,6 +181,11 @@ class Engine:
     def units(self) -> list[Unit]:
         """The units, in launch order."""
         return self._roster.units
+
+    @property
+    def places(self) -> Mapping[nn.Parameter, tuple[Unit, int]]:
+        """The unit of each parameter that is in one, and the position in it."""
+        return self._roster.places
 
     def units_of(self, optimizer: EngineOptimizer) -> list[Unit]:
         """The units whose parameters an optimizer updates, in the order in which forward uses them."""

@@ -311,6 +311,15 @@ class EngineOptimizer:
             state = {p: self.waiting_state.pop(p) for p in unit.parameters if p in self.waiting_state}
             self.segments += optimizer_state.scatter(self, state, added)
 
+    @property
+    def is_released(self) -> bool:
+        """Whether the engine has let go of it: it can save, but step no more."""
+        return self._released
+
+    def gather(self, value: Any) -> list[Any]:
+        """Objects of all ranks that divide the state. All of them take part, even after the engine was closed."""
+        return self.engine.mesh.shard.gather_objects(value)
+
     def release(self) -> None:
         """Free the parameters' memory that segments view. State stays, and can be saved; no step can follow."""
         self._released = True
@@ -479,7 +488,8 @@ class EngineOptimizer:
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Load what ``state_dict`` returned, under any row and number of ranks.
 
-        Every rank passes the full state, or, where optimizer state rests sharded, the others ``{}``.
+        Every rank passes the full state, or, where optimizer state rests sharded, the others ``{}``. Parameters may be
+        called by their names instead of torch's numbers, as checkpoint directories do.
 
         Raises:
             ValueError: If it does not fit; everything that does not is listed.
@@ -493,6 +503,7 @@ class EngineOptimizer:
                 source = given.index(True)
                 mine = state_dict if self.engine.collectives.rank == source else None
                 state_dict = self.engine.collectives.gather_objects(mine)[source]
+        state_dict = optimizer_state.by_number(self, state_dict)
         optimizer_state.require_fit(self, state_dict)
         parameters = list(self.parameters())
         saved = state_dict["state"]

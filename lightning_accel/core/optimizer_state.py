@@ -14,6 +14,9 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
+from lightning_accel.core.checkpoint.boxes import Box
+from lightning_accel.core.checkpoint.shard import ranged
+from lightning_accel.core.checkpoint.stored import fill_from
 from lightning_accel.core.layout import Piece
 from lightning_accel.core.segment import Segment
 
@@ -77,12 +80,7 @@ def _describe(segment: Segment, unit: int, values: Mapping[str, Any]) -> _Entry:
     entry = _Entry(unit, segment.pieces, segment.whole)
     for key, value in values.items():
         if isinstance(value, Tensor) and value.dim() > 0:
-            if not segment.whole and not segment.is_elementwise(value):
-                raise ValueError(
-                    f"Expected optimizer state {key!r} to have one element per parameter element, got shape"
-                    f" {tuple(value.shape)} for {segment.stop - segment.start} elements. The optimizer is registered as"
-                    " elementwise but is not."
-                )
+            segment.require_divisible(key, value)
             entry.tensors[key] = (value.shape, value.dtype)
         else:
             entry.others[key] = value.cpu() if isinstance(value, Tensor) else value
@@ -160,18 +158,18 @@ def _cut(optimizer: EngineOptimizer, segment: Segment, key: str, values: list[An
     if first.is_floating_point() and target.is_floating_point():
         dtype = torch.float32 if _has_fp32_moments(optimizer) else target.dtype
     if segment.whole:
-        return first.to(device=target.device, dtype=dtype).clone()
+        whole = torch.empty(first.shape, dtype=dtype, device=target.device)
+        fill_from(first, [(Box.whole(first.shape), whole)])
+        return whole
     parameters = [segment.unit.parameters[piece.slot] for piece in segment.pieces]
     if _is_count(key, first, parameters[0]):
         return first.to(target.device).clone()
-    parts = []
-    for piece, parameter, value in zip(segment.pieces, parameters, values, strict=True):
-        slot = segment.unit.layout.slots[piece.slot]
-        ordered = torch.empty_strided(parameter.shape, parameter.stride(), dtype=dtype, device=value.device)
-        ordered.copy_(value)
-        memory = ordered.as_strided((slot.numel,), (1,))
-        parts.append(memory[piece.start - slot.start : piece.stop - slot.start].to(target.device))
-    return torch.cat(parts)
+    cut = torch.empty(segment.stop - segment.start, dtype=dtype, device=target.device)
+    for piece, value in zip(segment.pieces, values, strict=True):
+        begin = piece.start - segment.unit.layout.slots[piece.slot].start
+        part = cut[piece.start - segment.start : piece.stop - segment.start]
+        fill_from(value, ranged(value.shape, segment.unit.memory.strides[piece.slot], begin, part))
+    return cut
 
 
 def _step(optimizer: EngineOptimizer, segment: Segment, value: Any) -> Any:
@@ -191,6 +189,48 @@ def _step(optimizer: EngineOptimizer, segment: Segment, value: Any) -> Any:
 def _has_fp32_moments(optimizer: EngineOptimizer) -> bool:
     """Whether moments are fp32 whatever the parameters are: in bf16, a decay of 0.999 would be none."""
     return optimizer.is_deepspeeds and getattr(optimizer.optimizer, "fp32_optimizer_states", True)
+
+
+def by_number(optimizer: EngineOptimizer, state_dict: Mapping[str, Any]) -> dict[str, Any]:
+    """A state dict in torch's format from one that calls parameters by their names.
+
+    Raises:
+        ValueError: If the groups hold other parameters than the optimizer's; all are listed by name.
+
+    """
+    saved = state_dict.get("param_groups", [])
+    if not any(isinstance(name, str) for group in saved for name in group["params"]):
+        return dict(state_dict)
+    everything = dict(optimizer.engine.module.named_parameters(remove_duplicate=False))
+    names = optimizer.engine.names
+    current = [list(group["params"]) for group in optimizer.optimizer.param_groups]
+    problems = []
+    if len(saved) != len(current):
+        problems.append(f"parameter groups: expected {len(current)}, got {len(saved)}")
+    for index in range(max(len(saved), len(current))):
+        now = [names[parameter] for parameter in current[index]] if index < len(current) else []
+        then = [
+            names.get(everything[name], name) if name in everything else name
+            for name in (saved[index]["params"] if index < len(saved) else [])
+        ]
+        for what, listed in (("missing", set(now) - set(then)), ("unexpected", set(then) - set(now))):
+            if listed:
+                problems.append(f"parameter group {index}: {what}: {', '.join(sorted(listed))}")
+    if problems:
+        raise ValueError(
+            f"Expected a state that fits this {type(optimizer.optimizer).__name__}, got one that does not:\n  "
+            + "\n  ".join(problems)
+            + "\nIt was made with another configure_optimizers, or with other parameters frozen."
+        )
+    number = {parameter: index for index, parameter in enumerate(p for group in current for p in group)}
+    state = {
+        number[everything[key]] if key in everything and isinstance(values, Mapping) else key: values
+        for key, values in state_dict["state"].items()
+    }
+    groups = []
+    for now_group, then_group in zip(current, saved, strict=True):
+        groups.append({**then_group, "params": [number[parameter] for parameter in now_group]})
+    return {**state_dict, "state": state, "param_groups": groups}
 
 
 def require_fit(optimizer: EngineOptimizer, state_dict: Mapping[str, Any]) -> None:

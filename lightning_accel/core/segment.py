@@ -106,6 +106,20 @@ class Segment:
                 }
         return parts
 
+    def require_divisible(self, key: str, value: Any) -> None:
+        """Raise unless a value of the optimizer's state can be told apart by parameters.
+
+        Raises:
+            ValueError: If it has another shape than the segment.
+
+        """
+        if isinstance(value, Tensor) and value.dim() > 0 and not self.whole and not self.is_elementwise(value):
+            raise ValueError(
+                f"Expected optimizer state {key!r} to have one element per parameter element, got shape"
+                f" {tuple(value.shape)} for {self.stop - self.start} elements. The optimizer is registered as"
+                " elementwise but is not."
+            )
+
     def is_elementwise(self, value: Any) -> bool:
         """Whether a value of the optimizer's state has one element for each of the segment's."""
         return isinstance(value, Tensor) and value.shape == (self.stop - self.start,)
