@@ -9,6 +9,7 @@ from lightning_accel.strategies.float8 import offer_float8
 from lightning_accel.strategies.float16 import keep_float16_on_cpu
 from lightning_accel.strategies.fsdp import AccelFSDPStrategy
 from lightning_accel.strategies.standalone import refuse
+from lightning_accel.strategies.stock import teach
 from lightning_accel.strategies.trainer import AccelStrategy
 from lightning_accel.strategies.zero import AccelZeROStrategy
 
@@ -23,4 +24,5 @@ def register() -> None:
         twin.register_strategies(STRATEGY_REGISTRY)
     keep_float16_on_cpu(AccelStrategy, fabric.AccelFabricStrategy)
     offer_float8(AccelStrategy, fabric.AccelFabricStrategy)
+    teach()
     refuse(name for name in StrategyRegistry if name.startswith("accel_"))

@@ -16,13 +16,19 @@ from lightning.fabric.accelerators import Accelerator
 from lightning.fabric.plugins import CheckpointIO, ClusterEnvironment, Precision
 from lightning.fabric.plugins.collectives.torch_collective import default_pg_timeout
 from lightning.fabric.strategies import DDPStrategy, _StrategyRegistry
-from lightning.fabric.strategies.strategy import _BackwardSyncControl
-from lightning.fabric.utilities.types import ReduceOp
+from lightning.fabric.strategies.strategy import (
+    _apply_filter,
+    _BackwardSyncControl,
+    _validate_keys_for_strict_loading,
+)
+from lightning.fabric.utilities.types import ReduceOp, _Stateful
 from torch import Tensor, nn
 from torch.optim import Optimizer
 from typing_extensions import override
 
 from lightning_accel.core import Engine, GradScaler, Rest
+from lightning_accel.core.checkpoint import is_directory, load
+from lightning_accel.core.checkpoint.engine_state import load_model, model_shards, optimizer_shards
 from lightning_accel.core.dtypes import Dtypes
 from lightning_accel.core.materialise import InitFn
 from lightning_accel.core.offload import OffloadKind, require_offload
@@ -31,6 +37,7 @@ from lightning_accel.core.placement import Row, find_row
 from lightning_accel.core.structure import called_by_compiled_code
 from lightning_accel.plugins.accel_precision import AccelPrecision
 from lightning_accel.plugins.precision import engine_optimizer, require_known_scaler
+from lightning_accel.strategies.checkpoints import Checkpoints, StateDictType, in_memory, only_one
 from lightning_accel.strategies.compact import compact, keep
 from lightning_accel.strategies.fsdp import SHARDINGS, row_of_sharding
 from lightning_accel.strategies.options import EngineOptions, Recomputed, reject_unknown, to_device
@@ -106,6 +113,11 @@ class AccelFabricStrategy(DDPStrategy):
             By default fp16 or bf16 under mixed precision; ``torch.float32`` leaves rounding to autocast.
         reduce_dtype: What gradients travel in, for rows that reduce in every backward; by default what they are
             computed in.
+        state_dict_type: ``"sharded"``: ``fabric.save`` makes a directory, to which every rank writes its part; the
+            default for rows that shard optimizer state (unless there is a ``checkpoint_io``). ``"full"``: one file,
+            which rank 0 writes. Either kind loads under every row and number of ranks.
+        async_save: Write sharded checkpoints while training goes on. What goes wrong is raised at the next backward or
+            save, at ``strategy.teardown()``, or at exit.
         process_group_backend: ``"gloo"``, ``"nccl"``, …; by default what suits the device.
         timeout: Longest wait for a collective.
         start_method: How the ranks of this node are started: ``"popen"``, ``"spawn"`` or ``"fork"``.
@@ -132,6 +144,8 @@ class AccelFabricStrategy(DDPStrategy):
         grad_scaler: GradScaler | None = None,
         param_dtype: torch.dtype | None = None,
         reduce_dtype: torch.dtype | None = None,
+        state_dict_type: StateDictType | None = None,
+        async_save: bool = False,
         process_group_backend: str | None = None,
         timeout: timedelta | None = default_pg_timeout,
         start_method: Literal["popen", "spawn", "fork"] = "popen",
@@ -155,6 +169,7 @@ class AccelFabricStrategy(DDPStrategy):
             param_dtype=param_dtype,
             reduce_dtype=reduce_dtype,
         )
+        self._checkpoints = Checkpoints(row, state_dict_type, async_save, checkpoint_io is not None)
         self._start_method = start_method  # also Lightning's name, which it sets too late for plugins
         self._given_scaler = grad_scaler
         super().__init__(
@@ -269,6 +284,7 @@ class AccelFabricStrategy(DDPStrategy):
     @override
     def backward(self, tensor: Tensor, module: nn.Module | None, *args: Any, **kwargs: Any) -> None:
         """Run backward with the gradients of every module that was set up reduced as the row says."""
+        self._checkpoints.check()
         engines = self._engines_of_all_ranks()
         tensor = _weigh(tensor, engines)
         self.precision.pre_backward(tensor, module)
@@ -328,8 +344,8 @@ class AccelFabricStrategy(DDPStrategy):
     @override
     def load_module_state_dict(self, module: nn.Module, state_dict: dict[str, Any], strict: bool = True) -> None:
         """Load into the user's module."""
-        with _whole(module, writeback=True):
-            super().load_module_state_dict(_inner(module), state_dict, strict)
+        engine = module.engine if isinstance(module, EngineModule) and not module.engine.is_closed else None
+        load_model(_inner(module), state_dict, strict=strict, engine=engine)
 
     @override
     def save_checkpoint(
@@ -339,18 +355,91 @@ class AccelFabricStrategy(DDPStrategy):
         storage_options: Any | None = None,
         filter: dict[str, Callable[[str, Any], bool]] | None = None,
     ) -> None:
-        """Save whole parameters and whole optimizer states; rank 0 writes, all ranks take part."""
+        """Save models and optimizers, and what else is in ``state``. All ranks take part."""
+        if self._checkpoints.are_sharded:
+            if storage_options is not None:
+                raise TypeError("Expected no storage_options for a sharded checkpoint. Use state_dict_type='full'.")
+            step = state.get("step")
+            info = {"step": step} if isinstance(step, int) else {}
+            self._checkpoints.save(path, self._in_parts(state, filter or {}), info)
+            return
         converted = self._convert_stateful_objects_in_state(state, filter=(filter or {}))
         if self.is_global_zero:
             self.checkpoint_io.save_checkpoint(
                 checkpoint=compact(converted), path=path, storage_options=storage_options
             )
 
+    def _in_parts(self, state: dict[str, Any], filter: dict[str, Callable[[str, Any], bool]]) -> dict[str, Any]:
+        """What is to be saved, with this rank's parts of models and optimizers."""
+        found: dict[str, Any] = {}
+        for key, value in state.items():
+            added = engine_optimizer(value) if isinstance(value, Optimizer) else None
+            if isinstance(value, EngineModule) and not value.engine.is_closed:
+                converted: Any = model_shards(value.engine, value.module)
+            elif added is not None:
+                converted = optimizer_shards(added)
+            else:
+                converted = self._convert_stateful_objects_in_state({key: value}, {})[key]
+            _apply_filter(key, filter, converted, found)
+        return found
+
+    @override
+    def load_checkpoint(
+        self,
+        path: Any,
+        state: nn.Module | Optimizer | dict[str, Any] | None = None,
+        strict: bool = True,
+        weights_only: bool | None = None,
+    ) -> dict[str, Any]:
+        """Load a checkpoint, a directory or a file, of any row and number of ranks. All ranks take part."""
+        self._checkpoints.finish()  # it may be the one that is being written
+        if not is_directory(path):
+            return super().load_checkpoint(path, state, strict, weights_only)
+        return self._restore(load(path, weights_only=weights_only is not False), state, strict)
+
+    def _restore(
+        self, checkpoint: dict[str, Any], state: nn.Module | Optimizer | dict[str, Any] | None, strict: bool
+    ) -> dict[str, Any]:
+        """Load what ``state`` names of a checkpoint; returns the rest of it."""
+        if isinstance(state, nn.Module):
+            self.load_module_state_dict(state, dict(only_one(checkpoint, "state_dict")), strict)
+            return {}
+        if isinstance(state, Optimizer):
+            state.load_state_dict(dict(only_one(checkpoint, "param_groups")))
+            return {}
+        if state:
+            _validate_keys_for_strict_loading(state.keys(), checkpoint.keys(), strict=strict)
+        for name, target in list((state or {}).items()):
+            if name not in checkpoint:
+                continue
+            saved = checkpoint.pop(name)
+            if isinstance(target, nn.Module):
+                self.load_module_state_dict(target, saved, strict)
+            elif isinstance(target, Optimizer):
+                target.load_state_dict(saved)
+            elif isinstance(target, _Stateful):
+                target.load_state_dict(in_memory(saved))
+            else:
+                assert state is not None
+                state[name] = in_memory(saved)
+        return in_memory(checkpoint)
+
     # --------------------------------------------------------------------- end
 
     @override
     def teardown(self) -> None:
-        """Close the engines. Fabric itself never calls this; engines finish what is under way at exit."""
+        """Finish saving and close the engines. Fabric itself never calls this; both is done at exit, too.
+
+        Raises:
+            Exception: What a save in the background has failed with.
+
+        """
+        try:
+            self._checkpoints.finish()
+        finally:
+            self._close()
+
+    def _close(self) -> None:
         for engine in self.engines:
             engine.close()
         self._engines.clear()

@@ -28,15 +28,18 @@ from typing_extensions import override
 
 from lightning_accel.core import Engine, GradScaler, Rest
 from lightning_accel.core.agreement import synchronise
+from lightning_accel.core.checkpoint import StoredTensor, is_directory, load
+from lightning_accel.core.checkpoint.engine_state import load_model, model_shards, optimizer_shards
 from lightning_accel.core.dtypes import Dtypes
 from lightning_accel.core.materialise import InitFn, has_meta
 from lightning_accel.core.offload import OffloadKind, require_offload
 from lightning_accel.core.partition import Units
 from lightning_accel.core.placement import Row
 from lightning_accel.core.registry import engines_of
-from lightning_accel.plugins.precision import require_known_scaler
+from lightning_accel.plugins.precision import engine_optimizer, require_known_scaler
 from lightning_accel.strategies.accumulation import Accumulation
 from lightning_accel.strategies.averaging import require_averaging_in_parts
+from lightning_accel.strategies.checkpoints import Checkpoints, StateDictType
 from lightning_accel.strategies.compact import compact, keep
 from lightning_accel.strategies.failure import end_children_at_exit, explain
 from lightning_accel.strategies.options import EngineOptions, Recomputed, reject_unknown, to_device
@@ -93,6 +96,11 @@ class AccelStrategy(DDPStrategy):
         loss_weight: Says of a training batch how many tokens or samples its loss is the mean of. Ranks and accumulated
             micro-batches then count by it instead of each the same; see ``Engine.set_loss_weight``, which may be called
             in ``training_step`` instead (``self.trainer.strategy.engine``).
+        state_dict_type: ``"sharded"``: checkpoints are directories, to which every rank writes its part; the default
+            for rows that shard optimizer state (unless there is a ``checkpoint_io``). ``"full"``: one file, as
+            Lightning's, which rank 0 writes. Either kind loads under every row and number of ranks.
+        async_save: Write sharded checkpoints while training goes on. What goes wrong is raised at the next step or at
+            the end.
         process_group_backend: ``"gloo"``, ``"nccl"``, …; by default what suits the device.
         timeout: Longest wait for a collective.
         start_method: How the ranks of this node are started: ``"popen"``, ``"spawn"`` or ``"fork"``.
@@ -128,6 +136,8 @@ class AccelStrategy(DDPStrategy):
         param_dtype: torch.dtype | None = None,
         reduce_dtype: torch.dtype | None = None,
         loss_weight: Callable[[Any], float | Tensor] | None = None,
+        state_dict_type: StateDictType | None = None,
+        async_save: bool = False,
         process_group_backend: str | None = None,
         timeout: timedelta | None = default_pg_timeout,
         start_method: Literal["popen", "spawn", "fork"] = "popen",
@@ -151,6 +161,7 @@ class AccelStrategy(DDPStrategy):
             param_dtype=param_dtype,
             reduce_dtype=reduce_dtype,
         )
+        self._checkpoints = Checkpoints(row, state_dict_type, async_save, checkpoint_io is not None)
         self._start_method = start_method  # also Lightning's name, which it sets too late for plugins
         self._given_scaler = grad_scaler
         self._loss_weight = loss_weight
@@ -355,6 +366,7 @@ class AccelStrategy(DDPStrategy):
 
     @override
     def optimizer_step(self, optimizer: Optimizer, closure: Callable[[], Any], *args: Any, **kwargs: Any) -> Any:
+        self._checkpoints.check()
         scaler = self.grad_scaler
         before = 0 if scaler is None else scaler.skipped_steps
 
@@ -432,9 +444,16 @@ class AccelStrategy(DDPStrategy):
 
     @override
     def lightning_module_state_dict(self) -> dict[str, Any]:
-        """The state of the whole model: of parameters that rest sharded on rank 0, and ``{}`` on the others."""
+        """The state of the model, as it is to be saved.
+
+        Sharded: this rank's parts. Full: of parameters that rest sharded on rank 0, and ``{}`` on the others. When the
+        model has been given back whole, it is what the model has.
+        """
         if self.row.optimizer_state is Rest.SHARDED:
             self._require_peers()
+        engines = self._open_engines()
+        if self._checkpoints.are_sharded and len(engines) == 1:
+            return model_shards(engines[0], self.lightning_module)
         with self._whole():
             state = super().lightning_module_state_dict()
             if self.row.parameters is Rest.REPLICATED:
@@ -443,16 +462,31 @@ class AccelStrategy(DDPStrategy):
 
     @override
     def load_model_state_dict(self, checkpoint: Mapping[str, Any], strict: bool = True) -> None:
-        """Load the model's values: of a model on the meta device when it has been set up and has memory for them."""
-        if self.lightning_module is not None and has_meta(self.lightning_module):
+        """Load the model's values: of a model that is to rest in parts when it has been set up and has its memory."""
+        stored = any(isinstance(value, StoredTensor) for value in checkpoint["state_dict"].values())
+        later = stored and self.row.parameters is Rest.SHARDED and not self._was_set_up and not self._open_engines()
+        if self.lightning_module is not None and (later or has_meta(self.lightning_module)):
             self._awaited = {"state_dict": checkpoint["state_dict"]}, strict
             return
-        with self._whole(writeback=True):
-            super().load_model_state_dict(checkpoint, strict)
+        assert self.lightning_module is not None
+        engines = self._open_engines()
+        if len(engines) > 1:
+            with self._whole(writeback=True):
+                super().load_model_state_dict(checkpoint, strict)
+            return
+        engine = engines[0] if engines else None
+        load_model(self.lightning_module, checkpoint["state_dict"], strict=strict, engine=engine)
 
     @override
     def optimizer_state(self, optimizer: Optimizer) -> dict[str, Any]:
-        """The state of whole parameters: on rank 0; on the others as well if it rests replicated, else ``{}``."""
+        """The state of an optimizer, as it is to be saved.
+
+        Sharded: this rank's parts, by names of parameters. Full: of whole parameters on rank 0; on the others as well
+        if it rests replicated, else ``{}``.
+        """
+        added = engine_optimizer(_unwrap(optimizer))
+        if self._checkpoints.are_sharded and added is not None:
+            return optimizer_shards(added)
         return _unwrap(optimizer).state_dict()
 
     @override
@@ -466,9 +500,29 @@ class AccelStrategy(DDPStrategy):
         super().load_optimizer_state_dict(checkpoint)
 
     @override
+    def load_checkpoint(self, checkpoint_path: Any, weights_only: bool | None = None) -> dict[str, Any]:
+        """Read a checkpoint: a directory or a file, of any row and number of ranks."""
+        self._checkpoints.finish()  # it may be the one that is being written
+        if not is_directory(checkpoint_path):
+            return super().load_checkpoint(checkpoint_path, weights_only)
+        torch.cuda.empty_cache()
+        return load(checkpoint_path, weights_only=weights_only is not False)
+
+    @override
     def save_checkpoint(self, checkpoint: dict[str, Any], filepath: Any, storage_options: Any | None = None) -> None:
-        if self.is_global_zero:
+        if self._checkpoints.are_sharded:
+            if storage_options is not None:
+                raise TypeError("Expected no storage_options for a sharded checkpoint. Use state_dict_type='full'.")
+            info = {"step": checkpoint.get("global_step"), "epoch": checkpoint.get("epoch")}
+            self._checkpoints.save(filepath, checkpoint, info)
+        elif self.is_global_zero:
             super().save_checkpoint(compact(checkpoint), filepath, storage_options)
+
+    @override
+    def remove_checkpoint(self, filepath: Any) -> None:
+        """Remove a checkpoint; not before the one that is being written is complete."""
+        remove = super().remove_checkpoint
+        self._checkpoints.after_saving(lambda: remove(filepath))
 
     # --------------------------------------------------------------------- end
 
@@ -480,6 +534,15 @@ class AccelStrategy(DDPStrategy):
 
     @override
     def teardown(self) -> None:
+        try:
+            self._checkpoints.finish()
+        except Exception:
+            if not self._failed:  # else that error is the one to show
+                raise
+        finally:
+            self._tear_down()
+
+    def _tear_down(self) -> None:
         self._at_teardown.close()
         # What an earlier stage has left in parts stays so if this one has failed before it had to do with it.
         if self.engine is not None and self._was_set_up:

@@ -179,7 +179,8 @@ def optimizer_shards(added: EngineOptimizer) -> dict[str, Any]:
         if isinstance(value, Tensor) and value.dim() > 0:
             state.setdefault(name, {})[key] = shard(value)
         else:
-            numbers.setdefault(name, {})[key] = value.cpu() if isinstance(value, Tensor) else value
+            # Each parameter its own: whoever loads it counts in place.
+            numbers.setdefault(name, {})[key] = value.to("cpu", copy=True) if isinstance(value, Tensor) else value
 
     for segment in added.segments:
         for key, value in added.optimizer.state.get(segment.tensor, {}).items():

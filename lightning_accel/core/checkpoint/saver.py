@@ -17,12 +17,16 @@ save or end.
 
 from __future__ import annotations
 
+import atexit
 import dataclasses
 import io
 import os
 import pickle
+import sys
 import threading
 import time
+import traceback
+import weakref
 from collections.abc import Callable, Mapping
 from datetime import datetime, timezone
 from typing import Any
@@ -83,6 +87,9 @@ class Saver:
         self._kept: Kept | None = None
         self._thread: threading.Thread | None = None
         self._error: BaseException | None = None
+        self._reports = False
+        self._lock = threading.Lock()
+        self._afterwards: list[Callable[[], None]] | None = None
 
     def save(
         self,
@@ -124,11 +131,28 @@ class Saver:
         def write() -> None:
             try:
                 self._write(gather, place, plan, copies, frozen, content, manifest)
+                copies.clear()
+                with self._lock:
+                    afterwards, self._afterwards = self._afterwards or [], None
+                for action in afterwards:
+                    action()
             except BaseException as error:
                 self._error = error
 
+        self._afterwards = []
+        if not self._reports:
+            self._reports = True
+            atexit.register(_report, weakref.ref(self))
         self._thread = threading.Thread(target=write, name="lightning_accel checkpoint")
         self._thread.start()
+
+    def after(self, action: Callable[[], None]) -> None:
+        """Do something now or, if a save is under way in the background, when it has succeeded."""
+        with self._lock:
+            if self._afterwards is not None:
+                self._afterwards.append(action)
+                return
+        action()
 
     def check(self) -> None:
         """Raise what a save in the background has failed with, if it has."""
@@ -145,6 +169,7 @@ class Saver:
         if self._thread is not None:
             self._thread.join()
             self._thread = None
+        self._afterwards = None  # if it has failed, what was there before stays
         error, self._error = self._error, None
         if error is not None:
             raise error
@@ -318,6 +343,16 @@ class Saver:
 
                 self._beside = gather
         return self._beside
+
+
+def _report(reference: weakref.ref[Saver]) -> None:
+    """At exit: nobody may have asked for what the last save in the background has failed with."""
+    saver = reference()
+    error = None if saver is None else saver._error
+    if error is not None:
+        traceback.print_exception(error)
+        sys.stderr.flush()
+        os._exit(1)
 
 
 def _parts(tensors: Mapping[Path, Shard]) -> dict[MetadataIndex, tuple[Part, bool]]:
