@@ -44,6 +44,7 @@ from lightning_accel.strategies.compact import compact, keep
 from lightning_accel.strategies.failure import end_children_at_exit, explain
 from lightning_accel.strategies.options import EngineOptions, Recomputed, reject_unknown, to_device
 from lightning_accel.strategies.schedule import hold_schedules
+from lightning_accel.strategies.signals import AgreedSignals
 
 _GRACE_S = 10.0
 """Seconds that a rank which saves after an exception waits for the others to do the same; as many do children have to
@@ -181,6 +182,7 @@ class AccelStrategy(DDPStrategy):
         )
         self.engine = None
         self._failed = False
+        self._signals: AgreedSignals | None = None
         self._was_set_up = False  # in this stage
         self._awaited: tuple[dict[str, Any], bool] | None = None  # values for a model that is on the meta device still
 
@@ -269,6 +271,8 @@ class AccelStrategy(DDPStrategy):
                 self.engine = self._options.start(self.model, self.row, self.root_device, self.precision_plugin)
             self._step_was_skipped = False
             self._accumulation.end()
+            self._signals = AgreedSignals(trainer, self.root_device)
+            self._at_teardown.callback(self._signals.remove)
             self._at_teardown.callback(hold_schedules(trainer, lambda: self._step_was_skipped))
             self.setup_optimizers(trainer)
             for optimizer in map(_unwrap, self.optimizers):
@@ -326,6 +330,9 @@ class AccelStrategy(DDPStrategy):
 
     @override
     def training_step(self, *args: Any, **kwargs: Any) -> STEP_OUTPUT:
+        if self.world_size == 1 and self._signals is not None:
+            # Where there are several ranks, Lightning has it called before it counts the batch.
+            self._signals.act(self._signals.batches_before_this)
         if self._loss_weight is not None:
             self._weight_of_batch = self._loss_weight(args[0])
         with self._forward():

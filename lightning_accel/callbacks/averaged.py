@@ -10,6 +10,7 @@ from torch import Tensor
 
 from lightning_accel.core import Engine
 from lightning_accel.core.average import Average
+from lightning_accel.core.checkpoint import Shard
 from lightning_accel.strategies.trainer import AccelStrategy
 
 
@@ -30,17 +31,19 @@ def averaged_state(module: pl.LightningModule, current: Mapping[str, Any], avera
 
     Args:
         module: The model.
-        current: Its state dict: whole on rank 0 at least.
+        current: Its state dict: whole on rank 0 at least, or this rank's parts.
         average: The average of its parameters.
 
     Returns:
-        A state dict with the keys of ``current``. It is right on the ranks that ``Average.state_dict`` answers.
+        A state dict with the keys of ``current``. If that is whole, it is right on the ranks that
+        ``Average.state_dict`` answers.
 
     Raises:
         ValueError: If the state dict holds the model's parameters under other names than the model.
 
     """
-    averaged = average.state_dict()
+    in_parts = any(isinstance(value, Shard) for value in current.values())
+    averaged = average.shards() if in_parts else average.state_dict()
     known = {name for name, _ in module.named_parameters(remove_duplicate=False)}
     known |= {name for name, _ in module.named_buffers(remove_duplicate=False)}
     renamed = [name for name, value in current.items() if isinstance(value, Tensor) and name not in known]

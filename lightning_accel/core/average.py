@@ -25,6 +25,8 @@ from typing import Literal, TypeAlias
 import torch
 from torch import Tensor, nn
 
+from lightning_accel.core.checkpoint import Shard
+from lightning_accel.core.checkpoint.engine_state import fill_part, parameter_shards
 from lightning_accel.core.collectives import nbytes
 from lightning_accel.core.engine import Engine
 from lightning_accel.core.placement import Rest
@@ -130,7 +132,7 @@ class Average:
             if unit not in self._flats and (known or any(p.requires_grad for p in unit.parameters)):
                 self._flats[unit] = self._copied(unit.memory.mine)
             for position in known:
-                _put(unit, self._flats[unit], position, homeless.pop(unit.parameters[position]))
+                fill_part(unit, position, self._flats[unit], homeless.pop(unit.parameters[position]))
         self._frozen.update({parameter: self._copied(value) for parameter, value in homeless.items()})
 
     def _whole(self, unit: Unit, flat: Tensor) -> Tensor:
@@ -275,6 +277,27 @@ class Average:
         found.update(self._buffer_averages)
         return {alias: found[name] for alias, name in self._aliases().items() if name in found}
 
+    def shards(self) -> dict[str, Tensor]:
+        """This rank's parts of the averages of parameters, and those of buffers, by all of their names in the module.
+
+        Parameters without an average of their own are left out: their value is the average. All ranks take part.
+
+        Returns:
+            ``Shard`` for parameters, for a checkpoint to which every rank writes its part.
+
+        Raises:
+            RuntimeError: If the engine is closed.
+
+        """
+        self._require_open()
+        self._engine.build()
+        made = parameter_shards(self._engine, self._flats)
+        averaged = {*(p for unit in self._flats for p in unit.parameters), *self._frozen}
+        found: dict[str, Tensor] = {self._engine.names[p]: shard for p, shard in made.items() if p in averaged}
+        found.update({self._engine.names[p]: Shard.whole(value) for p, value in self._frozen.items()})
+        found.update(self._buffer_averages)
+        return {alias: found[name] for alias, name in self._aliases().items() if name in found}
+
     def _aliases(self) -> dict[str, str]:
         """All names of the module's parameters and buffers, and the first name of each."""
         module = self._engine.module
@@ -327,7 +350,7 @@ class Average:
             loaded = self._copied(unit.memory.mine) if flat is None else flat
             for position, (name, parameter) in enumerate(zip(unit.names, unit.parameters, strict=True)):
                 if name in given:
-                    _put(unit, loaded, position, take(name, parameter))
+                    fill_part(unit, position, loaded, take(name, parameter))
             if flat is None:
                 differs = not torch.equal(loaded.to(unit.memory.mine.device), unit.memory.mine)
                 if collectives.agree(torch.tensor([differs], dtype=torch.uint8)).item():
@@ -354,15 +377,3 @@ class Average:
             for name, tensor in tensors.items()
             if name in state and state[name].shape != tensor.shape
         ]
-
-
-def _put(unit: Unit, flat: Tensor, position: int, value: Tensor) -> None:
-    """Write this rank's piece of a whole parameter to its part of a unit."""
-    slot = unit.layout.slots[position]
-    start, stop = unit.part
-    begin, end = max(slot.start, start), min(slot.stop, stop)
-    if begin < end:
-        ordered = torch.empty_strided(value.shape, unit.memory.strides[position], dtype=flat.dtype, device=value.device)
-        ordered.copy_(value)
-        memory = ordered.as_strided((slot.numel,), (1,))
-        flat[begin - start : end - start].copy_(memory[begin - slot.start : end - slot.start])
