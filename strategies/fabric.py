@@ -393,9 +393,11 @@ class AccelFabricStrategy(DDPStrategy):
     ) -> dict[str, Any]:
         """Load a checkpoint, a directory or a file, of any row and number of ranks. All ranks take part."""
         self._checkpoints.finish()  # it may be the one that is being written
-        if not is_directory(path):
-            return super().load_checkpoint(path, state, strict, weights_only)
-        return self._restore(load(path, weights_only=weights_only is not False), state, strict)
+        if is_directory(path):
+            checkpoint = load(path, weights_only=weights_only is not False)
+        else:
+            checkpoint = super().load_checkpoint(path, weights_only=weights_only)
+        return self._restore(checkpoint, state, strict)
 
     def _restore(
         self, checkpoint: dict[str, Any], state: nn.Module | Optimizer | dict[str, Any] | None, strict: bool

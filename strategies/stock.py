@@ -17,6 +17,8 @@ from lightning.pytorch.core import saving
 from torch import Tensor
 
 from lightning_accel.core.checkpoint import StoredTensor, is_directory, load
+from lightning_accel.core.checkpoint.folder import Folder
+from lightning_accel.core.checkpoint.manifest import MANIFEST_FILE
 from lightning_accel.core.checkpoint.nest import mapped
 
 
@@ -30,7 +32,8 @@ def teach() -> None:
 def _opening(original: Callable[..., Any]) -> Callable[..., Any]:
     @functools.wraps(original)
     def opened(path: Any, map_location: Any = None, weights_only: bool | None = None) -> Any:
-        if not isinstance(path, str | os.PathLike) or not is_directory(path):
+        ours = isinstance(path, str | os.PathLike) and is_directory(path) and Folder(path).size(MANIFEST_FILE)
+        if not ours:
             return original(path, map_location=map_location, weights_only=weights_only)
         device = map_location if isinstance(map_location, str | torch.device) else "cpu"
         return whole(load(path, weights_only=weights_only is not False), device)

@@ -8,7 +8,6 @@ import os
 from typing import Any
 
 from lightning_accel.core.checkpoint.folder import Folder
-from lightning_accel.core.checkpoint.metadata import METADATA_FILE
 from lightning_accel.core.checkpoint.nest import put_tensors
 from lightning_accel.core.checkpoint.reader import Reader, load_objects
 from lightning_accel.core.checkpoint.saver import Saver
@@ -19,9 +18,8 @@ __all__ = ["Reader", "Saver", "Shard", "StoredTensor", "is_directory", "load", "
 
 
 def is_directory(path: str | os.PathLike[str]) -> bool:
-    """Whether there is a checkpoint directory, or what could be one: a folder with metadata of tensors."""
-    folder = Folder(path)
-    return folder.is_folder() and folder.size(METADATA_FILE) is not None
+    """Whether there is a folder: a checkpoint directory, or what is taken for one."""
+    return not os.fspath(path).startswith(("http://", "https://")) and Folder(path).is_folder()
 
 
 def save(path: str | os.PathLike[str], nest: Any, *, info: dict[str, Any] | None = None) -> None:
