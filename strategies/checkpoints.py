@@ -7,6 +7,7 @@ from collections.abc import Callable, Mapping
 from typing import Any, Literal
 
 import torch.distributed as dist
+from lightning.fabric.plugins import CheckpointIO
 from torch import Tensor
 
 from lightning_accel.core.checkpoint import Saver, StoredTensor
@@ -23,25 +24,17 @@ class Checkpoints:
         row: The placement row.
         state_dict_type: What the user has asked for; see ``AccelStrategy``.
         async_save: Write while training goes on.
-        has_io: Whether the user has given a ``CheckpointIO``, which writes whole checkpoints.
 
     Raises:
         ValueError: If it cannot be done so.
 
     """
 
-    def __init__(self, row: Row, state_dict_type: StateDictType | None, async_save: bool, has_io: bool) -> None:
+    def __init__(self, row: Row, state_dict_type: StateDictType | None, async_save: bool) -> None:
         if state_dict_type not in (None, "full", "sharded"):
             raise ValueError(f"Expected state_dict_type to be 'full' or 'sharded', got {state_dict_type!r}.")
-        if state_dict_type == "sharded" and has_io:
-            raise ValueError(
-                "Expected no checkpoint_io with state_dict_type='sharded': every rank writes its part of a directory."
-                " Leave one of them out."
-            )
-        if state_dict_type is None:
-            sharded = row.optimizer_state is Rest.SHARDED and not has_io
-        else:
-            sharded = state_dict_type == "sharded"
+        by_default = row.optimizer_state is Rest.SHARDED
+        sharded = by_default if state_dict_type is None else state_dict_type == "sharded"
         if async_save and not sharded:
             raise ValueError(
                 "Expected state_dict_type='sharded' with async_save=True, got whole checkpoints. For these, Lightning's"
@@ -49,9 +42,27 @@ class Checkpoints:
             )
         self.are_sharded = sharded
         """Whether they are directories."""
+        self._asked = state_dict_type
         self._row = row
         self._async = async_save
         self._saver: Saver | None = None
+
+    def use(self, io: CheckpointIO | None) -> None:
+        """Save whole checkpoints, with what the user has given to write them.
+
+        Raises:
+            ValueError: If the user has asked for sharded ones.
+
+        """
+        if io is None:
+            return
+        if self._asked == "sharded" or self._async:
+            asked = "async_save=True" if self._async else "state_dict_type='sharded'"
+            raise ValueError(
+                f"Expected no checkpoint_io with {asked}, got {type(io).__name__}: every rank writes its part of a"
+                " directory. Leave one of them out."
+            )
+        self.are_sharded = False
 
     def save(self, path: str | os.PathLike[str], checkpoint: Any, info: Mapping[str, Any]) -> None:
         """Save a directory. All ranks take part.

@@ -169,7 +169,8 @@ class AccelFabricStrategy(DDPStrategy):
             param_dtype=param_dtype,
             reduce_dtype=reduce_dtype,
         )
-        self._checkpoints = Checkpoints(row, state_dict_type, async_save, checkpoint_io is not None)
+        self._checkpoints = Checkpoints(row, state_dict_type, async_save)
+        self._checkpoints.use(checkpoint_io)
         self._start_method = start_method  # also Lightning's name, which it sets too late for plugins
         self._given_scaler = grad_scaler
         super().__init__(
@@ -215,6 +216,17 @@ class AccelFabricStrategy(DDPStrategy):
         self._precision = precision and self._options.adopt(
             precision, self.row, self._given_scaler, self.accelerator, self._start_method
         )
+
+    @property
+    @override
+    def checkpoint_io(self) -> CheckpointIO:
+        """What reads and writes checkpoint files."""
+        return super().checkpoint_io
+
+    @checkpoint_io.setter
+    def checkpoint_io(self, io: CheckpointIO) -> None:
+        self._checkpoints.use(io)
+        self._checkpoint_io = io
 
     @property
     def grad_scaler(self) -> GradScaler | None:

@@ -162,7 +162,8 @@ class AccelStrategy(DDPStrategy):
             param_dtype=param_dtype,
             reduce_dtype=reduce_dtype,
         )
-        self._checkpoints = Checkpoints(row, state_dict_type, async_save, checkpoint_io is not None)
+        self._checkpoints = Checkpoints(row, state_dict_type, async_save)
+        self._checkpoints.use(checkpoint_io)
         self._start_method = start_method  # also Lightning's name, which it sets too late for plugins
         self._given_scaler = grad_scaler
         self._loss_weight = loss_weight
@@ -223,6 +224,7 @@ class AccelStrategy(DDPStrategy):
 
     @checkpoint_io.setter
     def checkpoint_io(self, io: CheckpointIO) -> None:
+        self._checkpoints.use(io)
         self._checkpoint_io = io
 
     # ------------------------------------------------------------------ set-up

@@ -291,9 +291,8 @@ class Average:
         """
         self._require_open()
         self._engine.build()
-        made = parameter_shards(self._engine, self._flats)
-        averaged = {*(p for unit in self._flats for p in unit.parameters), *self._frozen}
-        found: dict[str, Tensor] = {self._engine.names[p]: shard for p, shard in made.items() if p in averaged}
+        made = parameter_shards(self._flats)
+        found: dict[str, Tensor] = {self._engine.names[p]: shard for p, shard in made.items()}
         found.update({self._engine.names[p]: Shard.whole(value) for p, value in self._frozen.items()})
         found.update(self._buffer_averages)
         return {alias: found[name] for alias, name in self._aliases().items() if name in found}

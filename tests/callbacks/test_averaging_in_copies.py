@@ -9,12 +9,12 @@ from typing import Any
 
 import lightning.pytorch as pl
 import pytest
-import torch
 from averaging import Counting, assert_same, fit, library
 from models import assert_close
 from torch.optim.swa_utils import get_ema_avg_fn
 
 from harness import Ranks
+from opened import opened
 
 pytestmark = pytest.mark.matrix
 
@@ -60,7 +60,7 @@ def test_stop_and_resume_is_exactly_an_uninterrupted_run(ranks4: Ranks, kind: st
 def test_the_checkpoint_is_lightnings_and_either_continues_from_it(ranks4: Ranks, kind: str, tmp_path: Path) -> None:
     fit_kind("auto", kind, save=tmp_path / "alone.ckpt", stop_after=7)
     ranks4.run(fit_kind, "hybrid", kind, save=tmp_path / "ranks.ckpt", stop_after=7)
-    theirs, ours = (torch.load(tmp_path / f"{name}.ckpt", weights_only=False) for name in ("alone", "ranks"))
+    theirs, ours = (opened(tmp_path / f"{name}.ckpt", weights_only=False) for name in ("alone", "ranks"))
     if kind == "stochastic":
         key = "StochasticWeightAveraging"
         pairs = [(saved["callbacks"][key].pop("average_model_state"), saved["state_dict"]) for saved in (ours, theirs)]

@@ -8,7 +8,6 @@ from typing import Any
 
 import lightning.pytorch as pl
 import pytest
-import torch
 from averaging import CONTINUATIONS, Counting, assert_same, everything, fit, library, make
 from models import ROWS, assert_close, loader, on, trainer
 from torch import Tensor
@@ -16,6 +15,7 @@ from torch import Tensor
 from harness import Ranks
 from lightning_accel import callbacks
 from lightning_accel.core.average import Average
+from opened import opened
 from rows import everyday
 
 
@@ -106,7 +106,7 @@ def test_checkpoint_is_the_one_that_lightning_writes(ranks2: Ranks, row: str, ep
     fit_kind("auto", "cosine", save=tmp_path / "alone.ckpt", stop_after=epochs)
     ranks2.run(fit_kind, row, "cosine", save=tmp_path / "ranks.ckpt", stop_after=epochs)
     expected, actual = (
-        torch.load(tmp_path / f"{name}.ckpt", weights_only=False)["callbacks"]["StochasticWeightAveraging"]
+        opened(tmp_path / f"{name}.ckpt", weights_only=False)["callbacks"]["StochasticWeightAveraging"]
         for name in ("alone", "ranks")
     )
     theirs, ours = expected.pop("average_model_state"), actual.pop("average_model_state")

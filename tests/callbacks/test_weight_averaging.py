@@ -15,6 +15,7 @@ from torch.optim.swa_utils import get_ema_avg_fn, get_ema_multi_avg_fn
 
 from harness import Ranks
 from lightning_accel import callbacks
+from opened import opened
 from rows import everyday
 
 KINDS: dict[str, tuple[str, dict[str, Any]]] = {
@@ -87,8 +88,8 @@ def test_fit_continues_from_a_checkpoint_of_any_strategy(
 def test_checkpoint_is_the_one_that_lightning_writes(ranks2: Ranks, row: str, tmp_path: Path) -> None:
     fit_kind("auto", "moving", save=tmp_path / "alone.ckpt", max_epochs=3)
     ranks2.run(fit_kind, row, "moving", save=tmp_path / "ranks.ckpt", max_epochs=3)
-    expected = torch.load(tmp_path / "alone.ckpt", weights_only=True)
-    actual = torch.load(tmp_path / "ranks.ckpt", weights_only=True)
+    expected = opened(tmp_path / "alone.ckpt")
+    actual = opened(tmp_path / "ranks.ckpt")
     assert actual.keys() == expected.keys()
     assert_close(actual["state_dict"], expected["state_dict"])
     assert_close(actual["current_model_state"], expected["current_model_state"])
@@ -138,9 +139,7 @@ class SaveWithinValidation(Recording):
 @pytest.mark.parametrize("row", everyday(ROWS))
 def test_saving_within_validation_and_after_fit(ranks2: Ranks, row: str, tmp_path: Path) -> None:
     ranks2.run(save_later, row, tmp_path)
-    within, end, after = (
-        torch.load(tmp_path / f"{name}.ckpt", weights_only=True) for name in ("within", "end", "after")
-    )
+    within, end, after = (opened(tmp_path / f"{name}.ckpt") for name in ("within", "end", "after"))
     for key in ("state_dict", "current_model_state"):
         assert_close(within[key], end[key], tolerance=0)
         assert_close(after[key], end["state_dict"], tolerance=0)

@@ -24,6 +24,7 @@ from lightning_accel.plugins import float8
 from lightning_accel.plugins.precision import require_suitable
 from lightning_accel.strategies import AccelZeROStrategy
 from lightning_accel.strategies import fabric as twins
+from opened import opened
 from rows import everyday
 
 F16, BF16, F32, F64 = torch.float16, torch.bfloat16, torch.float32, torch.float64
@@ -77,7 +78,7 @@ def fit(strategy: Any, path: Path, **arguments: Any) -> tuple[dict[str, Tensor],
     used = trainer(strategy, max_epochs=2, gradient_clip_val=0.5, **arguments)
     used.fit(module, float32())
     used.save_checkpoint(path)
-    state = torch.load(path, weights_only=True) if used.is_global_zero else {}
+    state = opened(path) if used.is_global_zero else {}
     return values(module), module.seen, state.get(type(used.precision_plugin).__qualname__)
 
 

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
 from harness import Ranks
+from opened import opened
 from rows import everyday
 
 
@@ -244,7 +245,7 @@ def test_save_and_load(ranks2: Ranks, before: str, after: str, tmp_path: Path) -
     else:
         ranks2.run(train_and_save, before, path, 3)
     train_and_save("auto", tmp_path / "all.ckpt", 7)
-    expected = torch.load(tmp_path / "all.ckpt", weights_only=True)["model"]
+    expected = opened(tmp_path / "all.ckpt")["model"]
     results = [load_and_train(after, path, 7)] if after == "auto" else ranks2.run(load_and_train, after, path, 7)
     for result in results:
         assert_close(result, expected)
@@ -262,7 +263,7 @@ def load_raw(row: str, path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
 @pytest.mark.parametrize("row", everyday(ROWS))
 def test_load_raw(ranks2: Ranks, row: str, tmp_path: Path) -> None:
     train_and_save("auto", tmp_path / "state.ckpt", 3)
-    saved = torch.load(tmp_path / "state.ckpt", weights_only=True)
+    saved = opened(tmp_path / "state.ckpt")
     torch.save(saved["model"], tmp_path / "state.net")
     torch.save(saved["optimizer"], tmp_path / "state.opt")
     results = ranks2.run(load_raw, row, tmp_path / "state.ckpt")
@@ -295,7 +296,7 @@ def save_filtered(row: str, folder: Path) -> None:
 @pytest.mark.parametrize("row", everyday(ROWS))
 def test_filtered_save_writes_only_what_passes(ranks2: Ranks, row: str, tmp_path: Path) -> None:
     ranks2.run(save_filtered, row, tmp_path)
-    saved = {name: torch.load(tmp_path / f"{name}.ckpt", weights_only=True) for name in ("all", "small", "one")}
+    saved = {name: opened(tmp_path / f"{name}.ckpt") for name in ("all", "small", "one")}
     assert saved["small"]["model"].keys() == {"small.weight", "small.bias"}
     assert saved["one"]["model"].keys() == {"large.1.weight"}
     for name in ("small", "one"):

@@ -17,6 +17,7 @@ from processes import run_script
 from torch import nn
 
 from harness import Ranks
+from opened import opened
 from rows import everyday
 
 LIMIT_S = 30.0
@@ -84,7 +85,7 @@ def test_a_checkpoint_after_an_exception_on_one_rank(strategy: str, rank: int, t
     else:
         assert more == []
     for path in (epoch, *more):
-        saved = torch.load(path, weights_only=True)
+        saved = opened(path)
         assert saved["global_step"] == int(path.stem.removeprefix("step="))
         assert all(value.isfinite().all() for value in saved["state_dict"].values())
 
@@ -307,7 +308,7 @@ def fit_fabric_from(row: str, path: Path) -> None:
     fabric.launch()
     net = Misfit().net
     model, optimizer = fabric.setup(net, torch.optim.AdamW(net.parameters()))
-    saved = torch.load(path, weights_only=True)
+    saved = opened(path)
     if dist.get_rank() == 0:
         torch.save({"model": saved["state_dict"], "optimizer": saved["optimizer_states"][0]}, path.with_suffix(".pt"))
     fabric.barrier()

@@ -24,6 +24,7 @@ from lightning_accel.callbacks import LossScaleMonitor
 from lightning_accel.core import GradScaler
 from lightning_accel.strategies import AccelZeROStrategy
 from lightning_accel.strategies import fabric as twins
+from opened import opened
 from rows import everyday
 
 # fp16 carries 11 bits. Samples go through forward and backward alike on one rank and on two; what differs is where sums
@@ -228,7 +229,7 @@ def continue_from(strategy: str, path: str, given: str | None) -> tuple[dict[str
         used.strategy.precision_plugin.load_state_dict({**used.scaler.state_dict(), "scale": 1024.0})
     used.fit(module, float32(), ckpt_path=given)
     used.save_checkpoint(path)
-    return torch.load(path, weights_only=True)["MixedPrecision"], values(module)
+    return opened(path)["MixedPrecision"], values(module)
 
 
 def test_checkpoints_are_exchanged_with_lightnings_own(ranks2: Ranks, tmp_path: Path) -> None:

@@ -16,6 +16,7 @@ from torch import Tensor
 
 from harness import Ranks
 from lightning_accel.strategies import AccelFSDPStrategy
+from opened import opened
 
 
 @pytest.fixture(scope="module")
@@ -96,7 +97,7 @@ def fit_and_save(path: Path, ckpt_path: Path | None = None, **arguments: Any) ->
 def test_checkpoint_is_that_of_a_single_process_and_resuming_is_exact(ranks4: Ranks, tmp_path: Path) -> None:
     fit_and_save(tmp_path / "alone.ckpt", max_epochs=2)
     ranks4.run(fit_and_save, tmp_path / "ranks.ckpt", max_epochs=2)
-    expected, actual = (torch.load(tmp_path / f"{name}.ckpt", weights_only=True) for name in ("alone", "ranks"))
+    expected, actual = (opened(tmp_path / f"{name}.ckpt") for name in ("alone", "ranks"))
     assert actual.keys() == expected.keys()
     assert_close(actual["state_dict"], expected["state_dict"])
     (ours,), (theirs,) = actual["optimizer_states"], expected["optimizer_states"]

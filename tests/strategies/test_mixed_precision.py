@@ -18,6 +18,7 @@ from lightning_accel import engine_of
 from lightning_accel.callbacks import EMAWeightAveraging
 from lightning_accel.strategies import AccelDDPStrategy, AccelFSDPStrategy, AccelZeROStrategy
 from lightning_accel.strategies import fabric as twins
+from opened import opened
 from rows import everyday
 
 MIXED = ["zero1", "zero2", "fsdp", "fsdp_partial"]
@@ -48,7 +49,7 @@ def fit(strategy: Any, path: Path, ckpt_path: Path | None = None) -> tuple[dict[
     used = trainer(strategy, precision="bf16-mixed", max_epochs=4 if ckpt_path else 3, gradient_clip_val=0.5)
     used.fit(module, float32(), ckpt_path=ckpt_path)
     used.save_checkpoint(path)
-    saved = torch.load(path, weights_only=True)["state_dict"] if used.is_global_zero else {}
+    saved = opened(path)["state_dict"] if used.is_global_zero else {}
     return values(module), module.dtypes, saved
 
 

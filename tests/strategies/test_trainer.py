@@ -33,6 +33,7 @@ from torch import Tensor
 
 from harness import Ranks
 from lightning_accel.strategies import AccelZeROStrategy
+from opened import opened
 from rows import everyday
 
 SUFFIXES = ["", "_spawn", "_fork", "_notebook"]
@@ -117,7 +118,7 @@ def test_nobody_sees_parameters_before_they_arrive(ranks2: Ranks, row: str, tmp_
     callbacks = [ArriveLate(), SaveAtEnd(tmp_path / "late.ckpt")]
     for result in ranks2.run(fit, row, callbacks=callbacks, **arguments):
         assert_close(result, expected)
-    assert_close(torch.load(tmp_path / "late.ckpt", weights_only=True)["state_dict"], expected)
+    assert_close(opened(tmp_path / "late.ckpt")["state_dict"], expected)
 
 
 def fit_on_one_device(strategy: str, **arguments: Any) -> dict[str, Tensor]:
@@ -224,7 +225,7 @@ def fail_and_fit_again(row: str, folder: Path) -> dict[str, Tensor]:
     save = OnExceptionCheckpoint(folder)
     with pytest.raises(LookupError):
         make(row, callbacks=[save], enable_checkpointing=True).fit(module, loader())
-    assert_close(values(module), torch.load(folder / "on_exception.ckpt", weights_only=True)["state_dict"], 0)
+    assert_close(values(module), opened(folder / "on_exception.ckpt")["state_dict"], 0)
     return fit(row)
 
 
@@ -232,7 +233,7 @@ def fail_and_fit_again(row: str, folder: Path) -> dict[str, Tensor]:
 def test_fit_after_one_that_failed_on_all_ranks(ranks2: Ranks, row: str, tmp_path: Path) -> None:
     for result in ranks2.run(fail_and_fit_again, row, tmp_path):
         assert_close(result, fit("auto"))
-    saved = torch.load(tmp_path / "on_exception.ckpt", weights_only=True)
+    saved = opened(tmp_path / "on_exception.ckpt")
     assert saved["global_step"] == 2
     assert len(saved["optimizer_states"][0]["state"]) == 10  # of all parameters
 

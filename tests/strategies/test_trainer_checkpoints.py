@@ -6,11 +6,11 @@ import os
 from pathlib import Path
 
 import pytest
-import torch
 from models import CONTINUATIONS, ROWS, Regression, SaveAtEnd, assert_close, fit, loader, make, on, trainer, values
 from torch import Tensor
 
 from harness import Ranks
+from opened import opened
 from rows import everyday
 
 
@@ -56,8 +56,8 @@ def test_fit_continues_on_another_number_of_ranks(ranks2: Ranks, ranks3: Ranks, 
 def test_checkpoint_is_the_one_that_a_single_process_writes(ranks2: Ranks, row: str, tmp_path: Path) -> None:
     stop_after(2, "auto", tmp_path / "alone.ckpt")
     ranks2.run(stop_after, 2, row, tmp_path / "ranks.ckpt")
-    expected = torch.load(tmp_path / "alone.ckpt", weights_only=True)
-    actual = torch.load(tmp_path / "ranks.ckpt", weights_only=True)
+    expected = opened(tmp_path / "alone.ckpt")
+    actual = opened(tmp_path / "ranks.ckpt")
     assert actual.keys() == expected.keys()
     assert_close(actual["state_dict"], expected["state_dict"])
     assert actual["lr_schedulers"] == expected["lr_schedulers"]
@@ -91,9 +91,9 @@ def save_after_fit(row: str, folder: Path) -> None:
 @pytest.mark.parametrize("row", everyday(ROWS))
 def test_saving_after_fit_has_ended(ranks2: Ranks, row: str, tmp_path: Path) -> None:
     ranks2.run(save_after_fit, row, tmp_path)
-    within = torch.load(tmp_path / "within.ckpt", weights_only=True)
+    within = opened(tmp_path / "within.ckpt")
     for name in ("after.ckpt", "after validation.ckpt"):
-        after = torch.load(tmp_path / name, weights_only=True)
+        after = opened(tmp_path / name)
         assert_close(after["state_dict"], within["state_dict"], tolerance=0)
         for index, state in within["optimizer_states"][0]["state"].items():
             assert_close(after["optimizer_states"][0]["state"][index], state, tolerance=0)

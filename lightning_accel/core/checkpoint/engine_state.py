@@ -36,7 +36,10 @@ def model_shards(engine: Engine, module: nn.Module | None = None) -> dict[str, A
         Parameters are ``Shard``, in the dtype that they came with; all else is what the module has on this rank.
 
     """
-    shards = parameter_shards(engine, {unit: unit.memory.mine for unit in _settled(engine)})
+    shards = parameter_shards({unit: unit.memory.mine for unit in _settled(engine)})
+    for parameter in engine.names:
+        if parameter not in shards:  # it is in no unit
+            shards[parameter] = Shard.whole(parameter, not parameter.requires_grad)
     state = (module or engine.module).state_dict(keep_vars=True)
     return {name: _detached(shards, value) for name, value in state.items()}
 
@@ -54,12 +57,11 @@ def _detached(shards: Mapping[Any, Shard], value: Any) -> Any:
     return value.detach() if isinstance(value, Tensor) else value
 
 
-def parameter_shards(engine: Engine, flats: Mapping[Unit, Tensor]) -> dict[nn.Parameter, Shard]:
+def parameter_shards(flats: Mapping[Unit, Tensor]) -> dict[nn.Parameter, Shard]:
     """This rank's parts of what there is one value of for each of the parameters'.
 
     Args:
-        engine: The engine.
-        flats: For each unit, 1-D, what this rank has of it. Parameters of no unit are taken as they are.
+        flats: For each unit, 1-D, what this rank has of it.
 
     """
     found: dict[nn.Parameter, Shard] = {}
@@ -76,9 +78,6 @@ def parameter_shards(engine: Engine, flats: Mapping[Unit, Tensor]) -> dict[nn.Pa
                 found[parameter] = Shard.of_range(shape, strides, begin - slot.start, part, frozen)
             else:
                 found[parameter] = Shard(shape, flat.dtype, (), frozen)
-    for parameter in engine.names:
-        if parameter not in found:
-            found[parameter] = Shard.whole(parameter, not parameter.requires_grad)
     return found
 
 
