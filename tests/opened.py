@@ -23,3 +23,8 @@ def full(row: str) -> Any:
     """The Trainer's strategy of a row, saving whole checkpoints."""
     entry = StrategyRegistry[f"accel_{row}"]
     return entry["strategy"](**entry["init_params"], state_dict_type="full")
+
+
+def size_of(path: Path) -> int:
+    """Bytes of a file, or of all files in a directory."""
+    return sum(entry.stat().st_size for entry in (path.iterdir() if path.is_dir() else [path]))

@@ -44,7 +44,7 @@ def run(tmp_path: Path, *parts: str, launcher: tuple[str, ...] = ()) -> str:
 
 
 def test_every_block_is_run_here():
-    assert len(BLOCKS) == 10
+    assert len(BLOCKS) == 11
 
 
 def test_the_trainer(tmp_path):

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +13,7 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
 from harness import Ranks
-from opened import opened
+from opened import opened, size_of
 from rows import everyday
 
 
@@ -303,10 +302,11 @@ def test_filtered_save_writes_only_what_passes(ranks2: Ranks, row: str, tmp_path
         for key, value in saved[name]["model"].items():
             assert torch.equal(value, saved["all"]["model"][key])
     matrix = 300 * 300 * 4
-    sizes = {name: os.path.getsize(tmp_path / f"{name}.ckpt") for name in saved}
+    sizes = {name: size_of(tmp_path / f"{name}.ckpt") for name in saved}
+    # A chunk takes torch.save and its metadata 1.8 KiB more than its values; a tensor is one or a few on each rank.
     assert sizes["small"] < 10_000
     assert matrix < sizes["one"] < matrix + 10_000
-    assert 2 * matrix < sizes["all"] < 2 * matrix + 20_000
+    assert 2 * matrix < sizes["all"] < 2 * matrix + 40_000
 
 
 # ---------------------------------------------------------------------- errors
