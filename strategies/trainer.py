@@ -458,7 +458,7 @@ class AccelStrategy(DDPStrategy):
         Sharded: this rank's parts. Full: of parameters that rest sharded on rank 0, and ``{}`` on the others. When the
         model has been given back whole, it is what the model has.
         """
-        if self.row.optimizer_state is Rest.SHARDED:
+        if self.row.optimizer_state is Rest.SHARDED or self._checkpoints.are_sharded:
             self._require_peers()
         engines = self._open_engines()
         if self._checkpoints.are_sharded and len(engines) == 1:

@@ -63,6 +63,9 @@ def test_the_trainer(tmp_path):
         "print(f'{trainer.precision} {logged == scaler.skipped_steps}\\n', end='')",
         *(block("AccelPrecision("), FIT),
         "print(f'policy: {trainer.precision}\\n', end='')",
+        *(block("async_save=True"), FIT, "path = trainer.checkpoint_callback.best_model_path"),
+        "from lightning_accel.core.checkpoint import load",
+        "print(f'saved step: {load(path)[\"global_step\"]}\\n', end='')",
     )
     assert "accel_zero2, rank 0 of 2" in printed
     assert "count: {'latest_update_step': 32}" in printed
@@ -70,6 +73,7 @@ def test_the_trainer(tmp_path):
     assert "weighted: True" in printed
     assert "16-mixed True" in printed
     assert "policy: bf16-mixed" in printed
+    assert "saved step: 32" in printed
     assert list((tmp_path / "optimizer_state").iterdir()) == []
 
 

@@ -380,3 +380,58 @@ def tune(row: str, folder: Path) -> bool:
 def test_the_tuner_restores_what_it_has_saved(ranks2: Ranks, row: str, tmp_path: Path) -> None:
     assert all(ranks2.run(tune, row, tmp_path))
     assert not [entry for entry in tmp_path.iterdir() if "lr_find" in entry.name]
+
+
+# --------------------------------------------------------------- frozen parameters
+
+
+class Adapted(Regression):
+    """Trains its last layer only."""
+
+    def __init__(self, *, seed: int = 0, trained_only: bool = False) -> None:
+        super().__init__(seed=seed)
+        self.trained_only = trained_only
+        self.net.requires_grad_(False)
+        self.net.last.requires_grad_(True)
+        self.strict_loading = not trained_only
+
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        if self.trained_only:
+            trained = {name for name, parameter in self.named_parameters() if parameter.requires_grad}
+            checkpoint["state_dict"] = {k: v for k, v in checkpoint["state_dict"].items() if k in trained}
+
+    def configure_optimizers(self) -> Any:
+        return torch.optim.AdamW(self.net.last.parameters(), lr=0.02)
+
+
+def adapt(row: str, folder: Path, trained_only: bool) -> dict[str, Tensor]:
+    module = Adapted(trained_only=trained_only)
+    keeps = ModelCheckpoint(folder, filename="{epoch}", save_top_k=-1)
+    make(row, max_epochs=2, callbacks=[keeps], enable_checkpointing=True).fit(module, loader())
+    return values(module)
+
+
+def go_on(row: str, path: Path) -> dict[str, Tensor]:
+    module = Adapted(seed=3, trained_only=True)
+    make(row, max_epochs=2).fit(module, loader(), ckpt_path=path)  # there is nothing left to train
+    return values(module)
+
+
+@pytest.mark.parametrize(("before", "after"), [("fsdp", "zero2"), ("zero2", "fsdp")])
+def test_checkpoints_of_what_is_trained_only(ranks2: Ranks, before: str, after: str, tmp_path: Path) -> None:
+    trained = ranks2.run(adapt, before, tmp_path, True)
+    fresh = values(Adapted(seed=3))
+    for loaded in ranks2.run(go_on, after, tmp_path / "epoch=1.ckpt"):
+        expected = {name: (trained[0] if "last" in name else fresh)[name] for name in fresh}
+        assert_close(loaded, expected, tolerance=0)
+
+
+@pytest.mark.parametrize("row", everyday(["zero2", "fsdp"]))
+def test_frozen_parameters_are_written_once(ranks2: Ranks, row: str, tmp_path: Path) -> None:
+    trained = ranks2.run(adapt, row, tmp_path, False)[0]
+    first, second = tmp_path / "epoch=0.ckpt", tmp_path / "epoch=1.ckpt"
+    shared = [path for path in second.iterdir() if path.stat().st_nlink == 2]
+    assert [path.name for path in sorted(shared)] == ["__0_1.distcp", "__1_1.distcp"]
+    for path in first.iterdir():
+        path.unlink()
+    assert_close(whole(load(second))["state_dict"], trained, tolerance=0)
