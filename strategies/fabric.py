@@ -16,8 +16,8 @@ from lightning.fabric.accelerators import Accelerator
 from lightning.fabric.plugins import CheckpointIO, ClusterEnvironment, Precision
 from lightning.fabric.plugins.collectives.torch_collective import default_pg_timeout
 from lightning.fabric.strategies import DDPStrategy, _StrategyRegistry
-from lightning.fabric.strategies.strategy import _BackwardSyncControl
-from lightning.fabric.utilities.types import ReduceOp
+from lightning.fabric.strategies.strategy import _BackwardSyncControl, _validate_keys_for_strict_loading
+from lightning.fabric.utilities.types import ReduceOp, _Stateful
 from torch import Tensor, nn
 from torch.optim import Optimizer
 from typing_extensions import override
@@ -30,11 +30,14 @@ from lightning_accel.core.partition import Units
 from lightning_accel.core.placement import Row, find_row
 from lightning_accel.core.structure import called_by_compiled_code
 from lightning_accel.plugins.accel_precision import AccelPrecision
+from lightning_accel.plugins.checkpoint_io import with_default
 from lightning_accel.plugins.precision import engine_optimizer, require_known_scaler
-from lightning_accel.strategies.compact import compact, keep
+from lightning_accel.strategies.compact import compact
+from lightning_accel.strategies.files import detached, in_memory, loaded_for, require_intact
 from lightning_accel.strategies.fsdp import SHARDINGS, row_of_sharding
 from lightning_accel.strategies.options import EngineOptions, Recomputed, reject_unknown, to_device
 from lightning_accel.strategies.trainer import START_METHODS
+from lightning_accel.strategies.unanimous import unanimous
 from lightning_accel.strategies.zero import STAGES, row_of_stage
 
 __all__ = ["AccelDDPStrategy", "AccelFSDPStrategy", "AccelZeROStrategy", "EngineModule"]
@@ -207,6 +210,17 @@ class AccelFabricStrategy(DDPStrategy):
         scaler = getattr(self.precision, "scaler", None)
         return scaler if isinstance(scaler, GradScaler) else None
 
+    @property
+    @override
+    def checkpoint_io(self) -> CheckpointIO:
+        """What reads and writes checkpoint files: the user's, or our own."""
+        self._checkpoint_io = with_default(self._checkpoint_io)
+        return self._checkpoint_io
+
+    @checkpoint_io.setter
+    def checkpoint_io(self, io: CheckpointIO) -> None:
+        self._checkpoint_io = io
+
     # ------------------------------------------------------------------ set-up
 
     @override
@@ -318,12 +332,10 @@ class AccelFabricStrategy(DDPStrategy):
 
     @override
     def get_module_state_dict(self, module: nn.Module) -> dict[str, Any]:
-        """The state of the user's module: of parameters that rest sharded on rank 0, and ``{}`` on the others."""
-        with _whole(module):
+        """The state of the user's module: ``{}`` on ranks but 0 where no rank has it whole."""
+        with _collected(module) as is_whole:
             state = super().get_module_state_dict(_inner(module))
-            if self.row.parameters is Rest.REPLICATED:
-                return state
-            return keep(state) if self.is_global_zero else {}
+            return detached(state) if is_whole else {}
 
     @override
     def load_module_state_dict(self, module: nn.Module, state_dict: dict[str, Any], strict: bool = True) -> None:
@@ -341,10 +353,47 @@ class AccelFabricStrategy(DDPStrategy):
     ) -> None:
         """Save whole parameters and whole optimizer states; rank 0 writes, all ranks take part."""
         converted = self._convert_stateful_objects_in_state(state, filter=(filter or {}))
-        if self.is_global_zero:
-            self.checkpoint_io.save_checkpoint(
-                checkpoint=compact(converted), path=path, storage_options=storage_options
-            )
+
+        def write() -> None:
+            if self.is_global_zero:
+                self.checkpoint_io.save_checkpoint(
+                    checkpoint=compact(converted), path=path, storage_options=storage_options
+                )
+
+        unanimous("saving a checkpoint", write)
+
+    @override
+    def load_checkpoint(
+        self,
+        path: Any,
+        state: nn.Module | Optimizer | dict[str, Any] | None = None,
+        strict: bool = True,
+        weights_only: bool | None = None,
+    ) -> dict[str, Any]:
+        """Load a checkpoint file, or what ``state`` asks for. All ranks take part. Returns what was not asked for."""
+        require_intact(self.checkpoint_io, path, is_first=self.is_global_zero)
+        loaded = super().load_checkpoint(path, weights_only=weights_only)
+        if isinstance(state, (nn.Module, Optimizer)):
+            self._give(state, loaded, strict)
+            return {}
+        if state:
+            _validate_keys_for_strict_loading(state, loaded, strict=strict)
+            for name in [name for name in state if name in loaded]:
+                state[name] = self._give(state[name], loaded.pop(name), strict)
+        remainder: dict[str, Any] = in_memory(loaded)
+        return remainder
+
+    def _give(self, receiver: Any, value: Any, strict: bool) -> Any:
+        """Load a value into what has a state; returns what is in its place then. See [Note: what stays in a file]."""
+        if isinstance(receiver, nn.Module):
+            self.load_module_state_dict(receiver, value, strict=strict)
+        elif isinstance(receiver, Optimizer):
+            receiver.load_state_dict(loaded_for(receiver, value))
+        elif isinstance(receiver, _Stateful):
+            receiver.load_state_dict(in_memory(value))
+        else:
+            return in_memory(value)
+        return receiver
 
     # --------------------------------------------------------------------- end
 
@@ -473,6 +522,12 @@ def _whole(module: nn.Module, *, writeback: bool = False) -> AbstractContextMana
     if isinstance(module, EngineModule) and not module.engine.is_closed:
         return module.engine.full_parameters(writeback=writeback)
     return nullcontext()
+
+
+def _collected(module: nn.Module) -> AbstractContextManager[bool]:
+    if isinstance(module, EngineModule) and not module.engine.is_closed:
+        return module.engine.collected_parameters()
+    return nullcontext(True)
 
 
 def _inner(module: nn.Module) -> nn.Module:

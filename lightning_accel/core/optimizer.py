@@ -464,7 +464,8 @@ class EngineOptimizer:
         if not self._released:
             self.refresh()
             self.engine.build()
-        full = optimizer_state.gather(self)
+        # Other copies of the model state have the same.
+        full = optimizer_state.gather(self) if self.engine.mesh.is_first_copy or not self.sharded else None
         if full is None:
             return {}
         # Some optimizers keep values of their own under names.
@@ -504,7 +505,12 @@ class EngineOptimizer:
                 group.setdefault("bias_correction", self.optimizer.defaults["bias_correction"])
         self._members = self._current_members()
         placed = {parameter for unit in self._units for parameter in unit.parameters}
-        self.waiting_state = {p: dict(values) for p, values in state.items() if p not in placed}
+        # Copies: what was loaded may be a file that is looked into.
+        self.waiting_state = {
+            p: {key: optimizer_state.copied(value) for key, value in values.items()}
+            for p, values in state.items()
+            if p not in placed
+        }
         self.segments = optimizer_state.scatter(self, state, self.segments)
 
 
