@@ -8,10 +8,10 @@ from typing import Any, Literal
 
 import torch.distributed as dist
 from lightning.fabric.plugins import CheckpointIO
-from torch import Tensor
+from torch import Tensor, nn
+from torch.optim import Optimizer
 
-from lightning_accel.core.checkpoint import Saver, StoredTensor
-from lightning_accel.core.checkpoint.nest import mapped
+from lightning_accel.core.checkpoint import Saver
 from lightning_accel.core.placement import Rest, Row
 
 StateDictType = Literal["full", "sharded"]
@@ -83,7 +83,7 @@ class Checkpoints:
             self._saver.after(action)
 
     def check(self) -> None:
-        """Raise what a save in the background has failed with, if it has."""
+        """Raise what a save in the background has failed with, if it has. All ranks call this together."""
         if self._saver is not None:
             self._saver.check()
 
@@ -101,42 +101,38 @@ def _gather(value: Any) -> list[Any]:
     return found
 
 
-def only_one(checkpoint: Mapping[str, Any], mark: str) -> Mapping[str, Any]:
+def only_one(checkpoint: Mapping[str, Any], receiver: nn.Module | Optimizer) -> dict[str, Any]:
     """The state of the one model or optimizer that a checkpoint holds.
 
     Args:
         checkpoint: It may be that state itself.
-        mark: ``"state_dict"`` for models, ``"param_groups"`` for optimizers.
+        receiver: What is to load it.
 
     Raises:
         ValueError: If there is none, or several.
 
     """
-    if mark == "state_dict":
-        if isinstance(checkpoint.get(mark), Mapping):
-            return checkpoint[mark]
+    is_model = isinstance(receiver, nn.Module)
+    if is_model:
+        if isinstance(checkpoint.get("state_dict"), Mapping):
+            return dict(checkpoint["state_dict"])
         if any(isinstance(value, Tensor) for value in checkpoint.values()):
-            return checkpoint
+            return dict(checkpoint)
         found = {
             key: value
             for key, value in checkpoint.items()
             if isinstance(value, Mapping) and any(isinstance(entry, Tensor) for entry in value.values())
         }
     else:
-        if mark in checkpoint:
-            return checkpoint
+        if "param_groups" in checkpoint:
+            return dict(checkpoint)
         states: dict[Any, Any] = {**checkpoint}
         states |= dict(enumerate(checkpoint.get("optimizer_states", [])))
-        found = {key: value for key, value in states.items() if isinstance(value, Mapping) and mark in value}
+        found = {key: value for key, value in states.items() if isinstance(value, Mapping) and "param_groups" in value}
     if len(found) != 1:
-        what = "model" if mark == "state_dict" else "optimizer"
+        what = "model" if is_model else "optimizer"
         raise ValueError(
             f"Expected a checkpoint with the state of one {what}, got {len(found) or 'none'} in one with the keys"
             f" {', '.join(map(repr, checkpoint))}. Name what to load: fabric.load(path, {{{what!r}: {what}}})."
         )
-    return next(iter(found.values()))
-
-
-def in_memory(nest: Any) -> Any:
-    """With ordinary tensors instead of those of a checkpoint directory."""
-    return mapped(nest, lambda tensor: tensor.full() if isinstance(tensor, StoredTensor) else tensor)
+    return dict(next(iter(found.values())))

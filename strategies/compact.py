@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Mapping
 from typing import Any
 
-import torch
 from lightning_utilities.core.apply_func import apply_to_collection
 from torch import Tensor
 
@@ -43,16 +41,3 @@ def compact(checkpoint: Any) -> Any:
 
     apply_to_collection(checkpoint, Tensor, count)
     return apply_to_collection(checkpoint, Tensor, copy)
-
-
-def keep(state: Mapping[str, Any]) -> dict[str, Any]:
-    """A state dict whose tensors stay on the CPU when the memory they are in now is freed. Tied ones stay tied."""
-    kept: dict[tuple[int, torch.Size, torch.dtype], Tensor] = {}
-
-    def copy(tensor: Tensor) -> Tensor:
-        place = (tensor.data_ptr(), tensor.shape, tensor.dtype)
-        if place not in kept:
-            kept[place] = tensor.detach().to("cpu", copy=True)
-        return kept[place]
-
-    return {name: copy(value) if isinstance(value, Tensor) else value for name, value in state.items()}

@@ -36,12 +36,15 @@ from lightning_accel.core.partition import Units
 from lightning_accel.core.placement import Row, find_row
 from lightning_accel.core.structure import called_by_compiled_code
 from lightning_accel.plugins.accel_precision import AccelPrecision
+from lightning_accel.plugins.checkpoint_io import with_default
 from lightning_accel.plugins.precision import engine_optimizer, require_known_scaler
-from lightning_accel.strategies.checkpoints import Checkpoints, StateDictType, in_memory, only_one
-from lightning_accel.strategies.compact import compact, keep
+from lightning_accel.strategies.checkpoints import Checkpoints, StateDictType, only_one
+from lightning_accel.strategies.compact import compact
+from lightning_accel.strategies.files import detached, in_memory, loaded_for, require_intact
 from lightning_accel.strategies.fsdp import SHARDINGS, row_of_sharding
 from lightning_accel.strategies.options import EngineOptions, Recomputed, reject_unknown, to_device
 from lightning_accel.strategies.trainer import START_METHODS
+from lightning_accel.strategies.unanimous import unanimous
 from lightning_accel.strategies.zero import STAGES, row_of_stage
 
 __all__ = ["AccelDDPStrategy", "AccelFSDPStrategy", "AccelZeROStrategy", "EngineModule"]
@@ -218,21 +221,22 @@ class AccelFabricStrategy(DDPStrategy):
         )
 
     @property
+    def grad_scaler(self) -> GradScaler | None:
+        """The gradient scaler in use, if any."""
+        scaler = getattr(self.precision, "scaler", None)
+        return scaler if isinstance(scaler, GradScaler) else None
+
+    @property
     @override
     def checkpoint_io(self) -> CheckpointIO:
-        """What reads and writes checkpoint files."""
-        return super().checkpoint_io
+        """What reads and writes checkpoint files: the user's, or our own."""
+        self._checkpoint_io = with_default(self._checkpoint_io)
+        return self._checkpoint_io
 
     @checkpoint_io.setter
     def checkpoint_io(self, io: CheckpointIO) -> None:
         self._checkpoints.use(io)
         self._checkpoint_io = io
-
-    @property
-    def grad_scaler(self) -> GradScaler | None:
-        """The gradient scaler in use, if any."""
-        scaler = getattr(self.precision, "scaler", None)
-        return scaler if isinstance(scaler, GradScaler) else None
 
     # ------------------------------------------------------------------ set-up
 
@@ -346,12 +350,10 @@ class AccelFabricStrategy(DDPStrategy):
 
     @override
     def get_module_state_dict(self, module: nn.Module) -> dict[str, Any]:
-        """The state of the user's module: of parameters that rest sharded on rank 0, and ``{}`` on the others."""
-        with _whole(module):
+        """The state of the user's module: ``{}`` on ranks but 0 where no rank has it whole."""
+        with _collected(module) as is_whole:
             state = super().get_module_state_dict(_inner(module))
-            if self.row.parameters is Rest.REPLICATED:
-                return state
-            return keep(state) if self.is_global_zero else {}
+            return detached(state) if is_whole else {}
 
     @override
     def load_module_state_dict(self, module: nn.Module, state_dict: dict[str, Any], strict: bool = True) -> None:
@@ -376,10 +378,14 @@ class AccelFabricStrategy(DDPStrategy):
             self._checkpoints.save(path, self._in_parts(state, filter or {}), info)
             return
         converted = self._convert_stateful_objects_in_state(state, filter=(filter or {}))
-        if self.is_global_zero:
-            self.checkpoint_io.save_checkpoint(
-                checkpoint=compact(converted), path=path, storage_options=storage_options
-            )
+
+        def write() -> None:
+            if self.is_global_zero:
+                self.checkpoint_io.save_checkpoint(
+                    checkpoint=compact(converted), path=path, storage_options=storage_options
+                )
+
+        unanimous("saving a checkpoint", write)
 
     def _in_parts(self, state: dict[str, Any], filter: dict[str, Callable[[str, Any], bool]]) -> dict[str, Any]:
         """What is to be saved, with this rank's parts of models and optimizers."""
@@ -403,40 +409,39 @@ class AccelFabricStrategy(DDPStrategy):
         strict: bool = True,
         weights_only: bool | None = None,
     ) -> dict[str, Any]:
-        """Load a checkpoint, a directory or a file, of any row and number of ranks. All ranks take part."""
+        """Load a checkpoint, a directory or a file, or what ``state`` asks for. All ranks take part.
+
+        Returns:
+            What was not asked for.
+
+        """
         self._checkpoints.finish()  # it may be the one that is being written
         if is_directory(path):
-            checkpoint = load(path, weights_only=weights_only is not False)
+            loaded = load(path, weights_only=weights_only is not False)
         else:
-            checkpoint = super().load_checkpoint(path, weights_only=weights_only)
-        return self._restore(checkpoint, state, strict)
-
-    def _restore(
-        self, checkpoint: dict[str, Any], state: nn.Module | Optimizer | dict[str, Any] | None, strict: bool
-    ) -> dict[str, Any]:
-        """Load what ``state`` names of a checkpoint; returns the rest of it."""
-        if isinstance(state, nn.Module):
-            self.load_module_state_dict(state, dict(only_one(checkpoint, "state_dict")), strict)
-            return {}
-        if isinstance(state, Optimizer):
-            state.load_state_dict(dict(only_one(checkpoint, "param_groups")))
+            require_intact(self.checkpoint_io, path, is_first=self.is_global_zero)
+            loaded = super().load_checkpoint(path, weights_only=weights_only)
+        if isinstance(state, (nn.Module, Optimizer)):
+            self._give(state, only_one(loaded, state), strict)
             return {}
         if state:
-            _validate_keys_for_strict_loading(state.keys(), checkpoint.keys(), strict=strict)
-        for name, target in list((state or {}).items()):
-            if name not in checkpoint:
-                continue
-            saved = checkpoint.pop(name)
-            if isinstance(target, nn.Module):
-                self.load_module_state_dict(target, saved, strict)
-            elif isinstance(target, Optimizer):
-                target.load_state_dict(saved)
-            elif isinstance(target, _Stateful):
-                target.load_state_dict(in_memory(saved))
-            else:
-                assert state is not None
-                state[name] = in_memory(saved)
-        return in_memory(checkpoint)
+            _validate_keys_for_strict_loading(state, loaded, strict=strict)
+            for name in [name for name in state if name in loaded]:
+                state[name] = self._give(state[name], loaded.pop(name), strict)
+        remainder: dict[str, Any] = in_memory(loaded)
+        return remainder
+
+    def _give(self, receiver: Any, value: Any, strict: bool) -> Any:
+        """Load a value into what has a state; returns what is in its place then. See [Note: what stays in a file]."""
+        if isinstance(receiver, nn.Module):
+            self.load_module_state_dict(receiver, value, strict=strict)
+        elif isinstance(receiver, Optimizer):
+            receiver.load_state_dict(loaded_for(receiver, value))
+        elif isinstance(receiver, _Stateful):
+            receiver.load_state_dict(in_memory(value))
+        else:
+            return in_memory(value)
+        return receiver
 
     # --------------------------------------------------------------------- end
 
@@ -576,6 +581,12 @@ def _whole(module: nn.Module, *, writeback: bool = False) -> AbstractContextMana
     if isinstance(module, EngineModule) and not module.engine.is_closed:
         return module.engine.full_parameters(writeback=writeback)
     return nullcontext()
+
+
+def _collected(module: nn.Module) -> AbstractContextManager[bool]:
+    if isinstance(module, EngineModule) and not module.engine.is_closed:
+        return module.engine.collected_parameters()
+    return nullcontext(True)
 
 
 def _inner(module: nn.Module) -> nn.Module:

@@ -16,7 +16,6 @@ from lightning.fabric.strategies import _StrategyRegistry
 from lightning.fabric.utilities.optimizer import _optimizers_to_device
 from lightning.fabric.utilities.types import ReduceOp
 from lightning.pytorch.core.optimizer import LightningOptimizer, _MockOptimizer
-from lightning.pytorch.plugins.io.wrapper import _WrappingCheckpointIO
 from lightning.pytorch.plugins.precision import Precision
 from lightning.pytorch.strategies import DDPStrategy
 from lightning.pytorch.strategies.launchers import _MultiProcessingLauncher, _SubprocessScriptLauncher
@@ -36,15 +35,25 @@ from lightning_accel.core.offload import OffloadKind, require_offload
 from lightning_accel.core.partition import Units
 from lightning_accel.core.placement import Row
 from lightning_accel.core.registry import engines_of
+from lightning_accel.plugins.checkpoint_io import with_default
 from lightning_accel.plugins.precision import engine_optimizer, require_known_scaler
 from lightning_accel.strategies.accumulation import Accumulation
 from lightning_accel.strategies.averaging import require_averaging_in_parts
 from lightning_accel.strategies.checkpoints import Checkpoints, StateDictType
-from lightning_accel.strategies.compact import compact, keep
+from lightning_accel.strategies.compact import compact
 from lightning_accel.strategies.failure import end_children_at_exit, explain
+from lightning_accel.strategies.files import (
+    LEFT_IN_FILE,
+    detached,
+    in_memory,
+    loaded_for,
+    require_intact,
+    require_lightning,
+)
 from lightning_accel.strategies.options import EngineOptions, Recomputed, reject_unknown, to_device
 from lightning_accel.strategies.schedule import hold_schedules
 from lightning_accel.strategies.signals import AgreedSignals
+from lightning_accel.strategies.unanimous import unanimous
 
 _GRACE_S = 10.0
 """Seconds that a rank which saves after an exception waits for the others to do the same; as many do children have to
@@ -216,11 +225,9 @@ class AccelStrategy(DDPStrategy):
     @property
     @override
     def checkpoint_io(self) -> CheckpointIO:
-        """What reads and writes checkpoint files; the one that a wrapping plugin was given is kept."""
-        wrapper = self._checkpoint_io
-        if isinstance(wrapper, _WrappingCheckpointIO) and wrapper.checkpoint_io is not None:
-            return wrapper
-        return super().checkpoint_io
+        """What reads and writes checkpoint files: the user's or, also within one that wraps others, our own."""
+        self._checkpoint_io = with_default(self._checkpoint_io)
+        return self._checkpoint_io
 
     @checkpoint_io.setter
     def checkpoint_io(self, io: CheckpointIO) -> None:
@@ -455,19 +462,33 @@ class AccelStrategy(DDPStrategy):
     def lightning_module_state_dict(self) -> dict[str, Any]:
         """The state of the model, as it is to be saved.
 
-        Sharded: this rank's parts. Full: of parameters that rest sharded on rank 0, and ``{}`` on the others. When the
-        model has been given back whole, it is what the model has.
+        Sharded: this rank's parts. Full: ``{}`` on ranks but 0 where no rank has it whole. When the model has been
+        given back whole, it is what the model has.
         """
         if self.row.optimizer_state is Rest.SHARDED or self._checkpoints.are_sharded:
             self._require_peers()
         engines = self._open_engines()
         if self._checkpoints.are_sharded and len(engines) == 1:
             return model_shards(engines[0], self.lightning_module)
-        with self._whole():
+        with ExitStack() as stack:
+            is_whole = [stack.enter_context(engine.collected_parameters()) for engine in engines]
             state = super().lightning_module_state_dict()
-            if self.row.parameters is Rest.REPLICATED:
-                return state
-            return keep(state) if self.is_global_zero else {}
+            return detached(state) if all(is_whole) else {}
+
+    @override
+    def load_checkpoint(self, checkpoint_path: Any, weights_only: bool | None = None) -> dict[str, Any]:
+        """Read a checkpoint, a directory or a file, of any row and number of ranks.
+
+        What the model and the optimizers copy their values from may stay in it.
+        """
+        self._checkpoints.finish()  # it may be the one that is being written
+        if is_directory(checkpoint_path):
+            checkpoint = load(checkpoint_path, weights_only=weights_only is not False)
+        else:
+            require_intact(self.checkpoint_io, checkpoint_path, is_first=self.is_global_zero)
+            checkpoint = super().load_checkpoint(checkpoint_path, weights_only)
+        require_lightning(checkpoint, checkpoint_path)
+        return {key: value if key in LEFT_IN_FILE else in_memory(value) for key, value in checkpoint.items()}
 
     @override
     def load_model_state_dict(self, checkpoint: Mapping[str, Any], strict: bool = True) -> None:
@@ -506,16 +527,8 @@ class AccelStrategy(DDPStrategy):
                 f"Expected a checkpoint with the state of {len(self.optimizers)} optimizers, got that of {len(states)}."
                 " It was made with another configure_optimizers."
             )
-        super().load_optimizer_state_dict(checkpoint)
-
-    @override
-    def load_checkpoint(self, checkpoint_path: Any, weights_only: bool | None = None) -> dict[str, Any]:
-        """Read a checkpoint: a directory or a file, of any row and number of ranks."""
-        self._checkpoints.finish()  # it may be the one that is being written
-        if not is_directory(checkpoint_path):
-            return super().load_checkpoint(checkpoint_path, weights_only)
-        torch.cuda.empty_cache()
-        return load(checkpoint_path, weights_only=weights_only is not False)
+        states = [loaded_for(optimizer, state) for optimizer, state in zip(self.optimizers, states, strict=True)]
+        super().load_optimizer_state_dict({"optimizer_states": states})
 
     @override
     def save_checkpoint(self, checkpoint: dict[str, Any], filepath: Any, storage_options: Any | None = None) -> None:
@@ -524,8 +537,17 @@ class AccelStrategy(DDPStrategy):
                 raise TypeError("Expected no storage_options for a sharded checkpoint. Use state_dict_type='full'.")
             info = {"step": checkpoint.get("global_step"), "epoch": checkpoint.get("epoch")}
             self._checkpoints.save(filepath, checkpoint, info)
-        elif self.is_global_zero:
-            super().save_checkpoint(compact(checkpoint), filepath, storage_options)
+            return
+        save = super().save_checkpoint
+
+        def write() -> None:
+            if self.is_global_zero:
+                save(compact(checkpoint), filepath, storage_options)
+
+        if self._is_interrupted:
+            write()  # some ranks may have ended: those that have not meet at the barrier that follows
+        else:
+            unanimous("saving a checkpoint", write)
 
     @override
     def remove_checkpoint(self, filepath: Any) -> None:

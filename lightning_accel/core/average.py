@@ -29,6 +29,7 @@ from lightning_accel.core.checkpoint import Shard
 from lightning_accel.core.checkpoint.engine_state import fill_part, parameter_shards
 from lightning_accel.core.collectives import nbytes
 from lightning_accel.core.engine import Engine
+from lightning_accel.core.full_state import whole_values
 from lightning_accel.core.placement import Rest
 from lightning_accel.core.unit import Unit
 
@@ -249,7 +250,7 @@ class Average:
     # ------------------------------------------------------------------- state
 
     def state_dict(self) -> dict[str, Tensor]:
-        """The averages of whole parameters and of buffers, by all of their names in the module; one unit at a time.
+        """The averages of whole parameters and of buffers, by all of their names in the module; one at a time.
 
         Parameters without an average of their own are left out: their value is the average.
 
@@ -266,11 +267,13 @@ class Average:
         keeps = not self._is_sharded or self._engine.collectives.rank == 0
         found: dict[str, Tensor] = {}
         for unit in [unit for unit in self._engine.units if unit in self._flats]:
-            whole = self._whole(unit, self._flats[unit])
-            for position, name in enumerate(unit.names):
-                if keeps:
-                    value = unit.memory.view(whole, position)
-                    found[name] = value.to("cpu", copy=True) if self._is_sharded else value
+            flat = self._flats[unit]
+            if self._is_sharded:
+                values = whole_values(unit, flat, self._engine.mesh)
+            else:
+                values = [unit.memory.view(flat, position) for position in range(len(unit.names))]
+            if values is not None:
+                found.update(zip(unit.names, values, strict=True))
         if not keeps:
             return {}
         found.update({self._engine.names[parameter]: value for parameter, value in self._frozen.items()})

@@ -156,9 +156,23 @@ class Collectives(ABC):
     def all_reduce(self, buffer: Tensor, layout: Layout) -> Pending:
         """Replace ``buffer`` by the sum over ranks: bit for bit the same on every rank."""
 
+    @abstractmethod
+    def gather(self, part: Tensor, layout: Layout, whole: Tensor | None) -> None:
+        """Put the ranks' parts of a buffer together on rank 0. Waits.
+
+        Args:
+            part: This rank's, 1-D.
+            layout: How the ranks divide the buffer.
+            whole: On rank 0 where all of it goes, 1-D, ``layout.total`` elements; None on the others.
+
+        """
+
     def all_reduce_after(self, first: Pending, buffer: Tensor, layout: Layout) -> Pending:
         """As ``all_reduce``, of what is in ``buffer`` when an operation that is under way has ended."""
         return TwoPhase(first, lambda: self.all_reduce(buffer, layout))
+
+    def _count_gather(self, part: Tensor) -> None:
+        self.traffic.add("gather", nbytes(part) if self.rank else 0)
 
     def publish(self, parts: Sequence[Tensor]) -> list[Published]:
         """Make known this rank's parts of buffers that will be fetched. All ranks publish theirs together.
@@ -309,6 +323,17 @@ class GlooCollectives(Collectives):
         return _Messages(self._exchange_parts(buffer, layout, self._next_tag(fetching=True)))
 
     @override
+    def gather(self, part: Tensor, layout: Layout, whole: Tensor | None) -> None:
+        self._count_gather(part)
+        tag = self._next_tag()
+        if whole is None:
+            works = self._send(part, 0, tag)
+        else:
+            works = [w for p in self._peers() for w in self._receive(whole[slice(*layout.part(p))], p, tag)]
+            whole[slice(*layout.part(0))].copy_(part)
+        _Messages(works).wait()
+
+    @override
     def all_reduce(self, buffer: Tensor, layout: Layout) -> Pending:
         self.traffic.add("all_reduce", sent_reducing(buffer, layout, self.rank))
         own = buffer[slice(*layout.part(self.rank))]
@@ -444,6 +469,22 @@ class TorchCollectives(Collectives):
                 if part.numel()
             ]
         )
+
+    @override
+    def gather(self, part: Tensor, layout: Layout, whole: Tensor | None) -> None:
+        self._count_gather(part)
+        messages = {0: part}
+        if whole is not None:
+            whole[slice(*layout.part(0))].copy_(part)
+            messages = {peer: whole[slice(*layout.part(peer))] for peer in range(1, self.ranks)}
+        kind: Callable[..., Any] = dist.isend if whole is None else dist.irecv
+        batch = [
+            dist.P2POp(kind, _real(tensor), group=self.group, group_peer=peer)
+            for peer, tensor in messages.items()
+            if tensor.numel()
+        ]
+        if batch:  # in one call: NCCL would connect each pair of ranks anew otherwise
+            Pending(dist.batch_isend_irecv(batch)).wait()
 
     @override
     def all_reduce(self, buffer: Tensor, layout: Layout) -> Pending:

@@ -124,6 +124,25 @@ class DirectCollectives(GlooCollectives):
         return self._start("all_gather", carry_out)
 
     @override
+    def gather(self, part: Tensor, layout: Layout, whole: Tensor | None) -> None:
+        if not self._finalizer.alive:  # the state of optimizers is saved after the end, too
+            super().gather(part, layout, whole)
+            return
+        self._count_gather(part)
+
+        def carry_out() -> None:
+            addresses = self._neighbours.meet(part.data_ptr(), "gather")
+            if whole is not None:
+                for peer, address in addresses.items():
+                    read_memory(self._neighbours.pids[peer], address, whole[slice(*layout.part(peer))])
+            self._neighbours.meet(_DONE, _READ)
+
+        pending = self._start("gather", carry_out)
+        if whole is not None:
+            whole[slice(*layout.part(0))].copy_(part)
+        pending.wait()
+
+    @override
     def all_reduce(self, buffer: Tensor, layout: Layout) -> Pending:
         self.traffic.add("all_reduce", sent_reducing(buffer, layout, self.rank))
 

@@ -30,6 +30,7 @@ from lightning_accel.core.arrivals import Arrivals
 from lightning_accel.core.clipping import clip_grad_norm, clip_grad_value, grad_norm
 from lightning_accel.core.collectives import Collectives
 from lightning_accel.core.dtypes import Dtypes
+from lightning_accel.core.full_state import collected
 from lightning_accel.core.hooks import GradientHooks, hang_on_module
 from lightning_accel.core.loss_weight import LossWeights
 from lightning_accel.core.materialise import InitFn, Materialiser, has_meta
@@ -405,6 +406,32 @@ class Engine:
         wanted = set((module or self.module).parameters())
         units = [unit for unit in self.units if not wanted.isdisjoint(unit.parameters)]
         return self._residency.everything(units, writeback=writeback)
+
+    def collected_parameters(self) -> AbstractContextManager[bool]:
+        """Within it, rank 0 may save the module: parameters have their whole values there, in host memory.
+
+        What is at rest on all ranks stays where it is. All else is sent to rank 0, one parameter at a time; no other
+        rank has it. See core/full_state.py. All ranks enter and leave it together.
+
+        Returns:
+            A context manager that tells whether the values are right on this rank. If not, they are zeros.
+
+        Raises:
+            RuntimeError: If this is within forward or backward.
+
+        Example::
+
+            with engine.collected_parameters() as is_whole:
+                state = module.state_dict()
+            if is_whole:  # on rank 0, and if all parameters rest replicated on every rank
+                ...
+
+        """
+        self._require_open()
+        self.build()
+        self.wait()
+        self._residency.enter("collected_parameters()")
+        return collected(self.units, self.mesh, self._residency.shows)
 
     # ---------------------------------------------------------------- backward
 

@@ -72,6 +72,11 @@ class Mesh:
         """How often the whole state is there."""
         return 1 if self.replicate is None else self.replicate.ranks
 
+    @property
+    def is_first_copy(self) -> bool:
+        """Whether this rank has a part of the copy of which rank 0 of the world has the first part."""
+        return self.world.rank < self.shard.ranks
+
     def reduce_across(self, first: Pending, part: Tensor) -> Pending:
         """Sum this rank's part over the copies, in place, once ``first`` has put the sum over a copy there."""
         if self.replicate is None:

@@ -238,9 +238,9 @@ class EngineOptimizer:
         if self._original_unscaling is not None:
             # Fused optimizers may unscale while they step. Here scalers do it before, so that clipping is possible.
             optimizer._step_supports_amp_scaling = False  # type: ignore[attr-defined]
+        optimizer.load_state_dict = self.load_state_dict  # type: ignore[method-assign]
         if not self.direct:
             optimizer.state_dict = self.state_dict  # type: ignore[method-assign]
-            optimizer.load_state_dict = self.load_state_dict  # type: ignore[method-assign]
 
     def give_up(self) -> None:
         """Make the optimizer what it was before, with its state by whole parameters. All ranks take part.
@@ -473,7 +473,8 @@ class EngineOptimizer:
         if not self._released:
             self.refresh()
             self.engine.build()
-        full = optimizer_state.gather(self)
+        # Other copies of the model state have the same.
+        full = optimizer_state.gather(self) if self.engine.mesh.is_first_copy or not self.sharded else None
         if full is None:
             return {}
         # Some optimizers keep values of their own under names.
@@ -495,6 +496,9 @@ class EngineOptimizer:
             ValueError: If it does not fit; everything that does not is listed.
 
         """
+        if self.direct:
+            self._original_load(optimizer_state.by_number(self, state_dict))
+            return
         self.refresh()
         self.engine.build()
         if self.sharded:
@@ -515,7 +519,12 @@ class EngineOptimizer:
                 group.setdefault("bias_correction", self.optimizer.defaults["bias_correction"])
         self._members = self._current_members()
         placed = {parameter for unit in self._units for parameter in unit.parameters}
-        self.waiting_state = {p: dict(values) for p, values in state.items() if p not in placed}
+        # Copies: what was loaded may be a file that is looked into.
+        self.waiting_state = {
+            p: {key: optimizer_state.copied(value) for key, value in values.items()}
+            for p, values in state.items()
+            if p not in placed
+        }
         self.segments = optimizer_state.scatter(self, state, self.segments)
 
 

@@ -7,6 +7,7 @@ parameter (step counts), which travels with the description.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
@@ -17,7 +18,9 @@ from torch import Tensor, nn
 from lightning_accel.core.checkpoint.boxes import Box
 from lightning_accel.core.checkpoint.shard import ranged
 from lightning_accel.core.checkpoint.stored import fill_from
-from lightning_accel.core.layout import Piece
+from lightning_accel.core.collectives import Collectives
+from lightning_accel.core.full_state import put_together
+from lightning_accel.core.layout import Layout, Piece
 from lightning_accel.core.segment import Segment
 
 if TYPE_CHECKING:
@@ -40,11 +43,11 @@ class _Entry:
 
 
 def gather(optimizer: EngineOptimizer) -> dict[nn.Parameter, dict[str, Any]] | None:
-    """The state of whole parameters, on the CPU where it came from other ranks.
+    """The state of whole parameters, on the CPU where it came from other ranks; one tensor at a time is sent.
 
     Returns:
-        State by parameter, on every rank where optimizer state rests replicated; else on rank 0, None on others. All
-        ranks must call this together in the latter case.
+        State by parameter, on every rank where optimizer state rests replicated; else on the first rank of each copy of
+        the model state, None on others. All ranks of a copy must call this together in the latter case.
 
     """
     collectives = optimizer.engine.mesh.shard
@@ -59,21 +62,32 @@ def gather(optimizer: EngineOptimizer) -> dict[nn.Parameter, dict[str, Any]] | N
         for position, entry in enumerate(theirs):
             unit = units[entry.unit]
             for key, (shape, dtype) in entry.tensors.items():
+                value = None
                 if not optimizer.sharded or source == collectives.rank:
                     value = state[mine[position].tensor][key]
-                else:
-                    value = torch.empty(shape, dtype=dtype, device=unit.flat.device)
                 if optimizer.sharded:
-                    value = value.to(unit.flat.device).contiguous()
-                    collectives.broadcast(value, source)
-                if keeps:
-                    _assemble(full, unit, entry, key, value.cpu() if optimizer.sharded else value)
+                    value = _on_first(collectives, source, value, shape, dtype)
+                if value is not None:
+                    _assemble(full, unit, entry, key, value)
             if keeps:
                 for piece in entry.pieces:
                     full.setdefault(unit.parameters[piece.slot], {}).update(
-                        {key: _copy(value) for key, value in entry.others.items()}
+                        {key: copied(value) for key, value in entry.others.items()}
                     )
     return full if keeps else None
+
+
+def _on_first(
+    collectives: Collectives, source: int, value: Tensor | None, shape: torch.Size, dtype: torch.dtype
+) -> Tensor | None:
+    """A tensor of rank ``source``, on the CPU of the first rank; None on the others."""
+    if source == 0:
+        return None if value is None else value.cpu()
+    numel = math.prod(shape)
+    layout = Layout((), tuple(0 if rank <= source else numel for rank in range(collectives.ranks + 1)))
+    part = torch.empty(0, dtype=dtype) if value is None else value.contiguous().view(-1)
+    whole = put_together(part, layout, collectives)
+    return None if whole is None else whole.view(shape)
 
 
 def _describe(segment: Segment, unit: int, values: Mapping[str, Any]) -> _Entry:
@@ -276,5 +290,6 @@ def require_fit(optimizer: EngineOptimizer, state_dict: Mapping[str, Any]) -> No
         )
 
 
-def _copy(value: Any) -> Any:
+def copied(value: Any) -> Any:
+    """A value of the state in memory of its own."""
     return value.clone() if isinstance(value, Tensor) else value

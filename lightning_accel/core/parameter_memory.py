@@ -19,13 +19,14 @@ with. Whoever asks for whole parameters between steps (checkpoints do) is shown 
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from enum import Enum, auto
 
 import torch
 from torch import Tensor, nn
 
-from lightning_accel.core.absent import arrive, depart
+from lightning_accel.core.absent import AbsentParameter, arrive, depart
 from lightning_accel.core.collectives import Collectives, Pending, Published
 from lightning_accel.core.layout import Layout
 from lightning_accel.core.memory import zeros
@@ -281,6 +282,31 @@ class ParameterMemory:
         elif writeback or self._stepped:
             self.buffer.copy_(whole)
         self._stepped = False
+
+    # -------------------------------------------------------------- other values
+
+    @contextmanager
+    def standing_in(self, values: Sequence[Tensor]) -> Iterator[None]:
+        """Within it, the parameters have other tensors' values, which may be of another dtype and on another device.
+
+        Nothing may be under way, and the parameters are not to be used for anything but to look at them.
+
+        Args:
+            values: One for each parameter, of its shape.
+
+        """
+        away = any(isinstance(parameter, AbsentParameter) for parameter in self.parameters)
+        for parameter in self.parameters if away else ():
+            arrive(parameter)
+        for parameter, value in zip(self.parameters, values, strict=True):
+            parameter.data = value
+        try:
+            yield
+        finally:
+            for parameter, view in zip(self.parameters, self.views, strict=True):
+                parameter.data = view
+            for parameter, name in zip(self.parameters, self.names, strict=True) if away else ():
+                depart(parameter, name)
 
     # ------------------------------------------------------- sharded parameters
 

@@ -282,16 +282,30 @@ class Residency:
 
     # ------------------------------------------------------------------ access
 
+    def enter(self, doing: str) -> None:
+        """Call before something that all ranks do together with the values of parameters between steps.
+
+        Raises:
+            RuntimeError: If this is within forward or backward.
+
+        """
+        if self.in_backward or self._calls:
+            raise RuntimeError(
+                f"Expected {doing} to be used between steps, got it within the model's forward or backward: parameters"
+                " are gathered and freed there as they are needed."
+            )
+        if self.is_active:
+            self._lockstep.enter(doing)
+
+    def shows(self, unit: Unit) -> bool:
+        """Whether this is within ``everything``, and a unit's whole values are there on all ranks."""
+        memory = unit.memory
+        return memory.shows_master or (self._held[unit] > 0 and memory.presence is Presence.HERE)
+
     @contextmanager
     def everything(self, units: Sequence[Unit], *, writeback: bool) -> Iterator[None]:
         """Within it, the parameters of ``units`` are there. All ranks enter and leave it together."""
-        if self.in_backward or self._calls:
-            raise RuntimeError(
-                "Expected full_parameters() to be used between steps, got it within the model's forward or backward:"
-                " parameters are gathered and freed there as they are needed."
-            )
-        if self.is_active:
-            self._lockstep.enter("full_parameters()")
+        self.enter("full_parameters()")
         masters = [unit for unit in units if unit.memory.has_master]
         units = [unit for unit in units if not unit.memory.has_master]
         before = [unit for unit in units if unit.memory.presence is not Presence.AWAY]

@@ -1,5 +1,6 @@
-"""Lightning plugins that know the engine."""
+"""Lightning plugins that know the engine, or how its checkpoints are written."""
 
 from lightning_accel.plugins.accel_precision import AccelPrecision
+from lightning_accel.plugins.checkpoint_io import AccelCheckpointIO
 
-__all__ = ["AccelPrecision"]
+__all__ = ["AccelCheckpointIO", "AccelPrecision"]

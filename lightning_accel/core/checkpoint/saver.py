@@ -11,8 +11,8 @@
 
 [Note: saving in the background]
 The thread gathers on a process group of its own, so that its messages never meet those of training. The step waits for
-the copy to host memory only. Whatever goes wrong is raised where the main thread asks next: at the next optimizer step,
-save or end.
+the copy to host memory only. Whatever goes wrong is raised where all ranks ask next: at the next optimizer step or save,
+or at the end.
 """
 
 from __future__ import annotations
@@ -155,9 +155,24 @@ class Saver:
         action()
 
     def check(self) -> None:
-        """Raise what a save in the background has failed with, if it has."""
-        if self._thread is not None and not self._thread.is_alive():
+        """Raise what a save in the background has failed with, if it has. All ranks call this together.
+
+        While nothing is being saved this does nothing. Otherwise the ranks compare notes: a failure must not end one
+        of them while others, whose threads have not heard of it yet, go on to the next step and wait for it there.
+
+        Raises:
+            Exception: On all ranks, if any of them has failed.
+
+        """
+        if self._thread is None:
+            return
+        is_over = not self._thread.is_alive()
+        everyone = self._gather((is_over, _sendable(self._error)))
+        first = next((error for _, error in everyone if error is not None), None)
+        if first is not None or all(over for over, _ in everyone):
             self.finish()
+            if first is not None:
+                raise first
 
     def finish(self) -> None:
         """Wait for a save in the background.
