@@ -11,8 +11,8 @@
 
 [Note: saving in the background]
 The thread gathers on a process group of its own, so that its messages never meet those of training. The step waits for
-the copy to host memory only. Whatever goes wrong is raised where all ranks ask next: at the next optimizer step or save,
-or at the end.
+the copy to host memory only. Whatever goes wrong is raised where all ranks ask next: at the next optimizer step, at the
+next save, or at the end.
 """
 
 from __future__ import annotations
