@@ -5,6 +5,7 @@ A directory, which torch.distributed.checkpoint can read as well: tensors in chu
 """
 
 import os
+from collections.abc import Mapping
 from typing import Any
 
 from lightning_accel.core.checkpoint.folder import Folder
@@ -22,7 +23,7 @@ def is_directory(path: str | os.PathLike[str]) -> bool:
     return not os.fspath(path).startswith(("http://", "https://")) and Folder(path).is_folder()
 
 
-def save(path: str | os.PathLike[str], nest: Any, *, info: dict[str, Any] | None = None) -> None:
+def save(path: str | os.PathLike[str], nest: Mapping[str, Any], *, info: dict[str, Any] | None = None) -> None:
     """Save a checkpoint directory from one process. It is complete, or what was there before is still there.
 
     Args:
@@ -33,7 +34,7 @@ def save(path: str | os.PathLike[str], nest: Any, *, info: dict[str, Any] | None
 
     Raises:
         OSError: If it could not be written.
-        ValueError: If another run writes there.
+        ValueError: If another run writes there, or what is there is no checkpoint.
 
     """
     Saver().save(path, nest, info=info)

@@ -215,8 +215,9 @@ def optimizer_shards(added: EngineOptimizer) -> dict[str, Any]:
         for theirs in added.gather(numbers):
             for owner, values in theirs.items():
                 numbers.setdefault(owner, values)
+    known = set(names.values())
     for owner, values in numbers.items():
-        if isinstance(values, dict) and owner in names.values():
+        if owner in known:
             state.setdefault(owner, {}).update(values)
         else:
             state[owner] = values

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
-import math
 import os
 import shutil
 import time
@@ -18,6 +17,7 @@ from fsspec.implementations.local import LocalFileSystem
 
 _AT_FDCWD = -100
 _RENAME_EXCHANGE = 2
+_POLL_S = 0.2
 
 
 class Folder:
@@ -33,6 +33,7 @@ class Folder:
         fs, self.path = url_to_fs(self.url)
         self._fs: Any = fs
         self.is_local = isinstance(fs, LocalFileSystem)
+        self._fs.invalidate_cache()  # other ranks may have written since it was last looked at
 
     def __str__(self) -> str:
         return self.url
@@ -48,11 +49,17 @@ class Folder:
         return Folder(f"{head}{slash}{name}")
 
     def siblings(self) -> list[str]:
-        """The names of the entries of the folder that this one is in."""
-        parent = self.path.rpartition("/")[0] or "/"
-        if not self._fs.isdir(parent):
+        """The names of the entries of the folder that this one is in, sorted."""
+        return self._entries(self.path.rpartition("/")[0] or "/")
+
+    def entries(self) -> list[str]:
+        """The names of what is in it, sorted."""
+        return self._entries(self.path)
+
+    def _entries(self, path: str) -> list[str]:
+        if not self._fs.isdir(path):
             return []
-        return [entry.rstrip("/").rsplit("/", 1)[-1] for entry in self._fs.ls(parent, detail=False)]
+        return sorted(entry.rstrip("/").rsplit("/", 1)[-1] for entry in self._fs.ls(path, detail=False))
 
     # ----------------------------------------------------------------- reading
 
@@ -68,7 +75,7 @@ class Folder:
         """Bytes of a file; None if it is not there."""
         try:
             return int(self._fs.size(self._file(name)))
-        except FileNotFoundError:
+        except (FileNotFoundError, NotADirectoryError):  # a checkpoint of one file may have this name
             return None
 
     def read(self, name: str) -> bytes:
@@ -104,30 +111,53 @@ class Folder:
         with self.create(name) as stream:
             stream.write(content)
 
-    def link(self, name: str, source: str) -> bool:
-        """Have a local file of another folder here as well; whether that was possible."""
+    def link(self, name: str, source: str, identity: tuple[int, ...]) -> bool:
+        """Have a local file of another folder here as well, if it still is the one that ``identity`` has told.
+
+        Returns:
+            Whether that was possible.
+
+        """
         if not self.is_local:
             return False
         try:
             os.link(source, self._file(name))
         except OSError:
             return False
-        return True
+        if self.identity(name) == identity:
+            return True
+        self.delete(name)
+        return False
+
+    def identity(self, name: str) -> tuple[int, ...] | None:
+        """What a local file keeps, whatever it is called, until it is written to; None of one that is not local."""
+        if not self.is_local:
+            return None
+        found = os.stat(self._file(name))
+        return found.st_dev, found.st_ino, found.st_size, found.st_mtime_ns
 
     def sync(self) -> None:
         """Have the names of its files reach the disk."""
         if self.is_local:
             _sync(self.path)
 
-    def age(self) -> float:
-        """Seconds since anything in it was last changed; infinite where the file system does not say."""
+    def is_changing(self, seconds: float) -> bool:
+        """Whether anything in a local folder changes within some seconds. Others have nothing until it is complete."""
         if not self.is_local:
-            return math.inf
+            return False
+        before, end = self._state(), time.monotonic() + seconds
+        while time.monotonic() < end:
+            time.sleep(_POLL_S)
+            if self._state() != before:
+                return True
+        return False
+
+    def _state(self) -> list[tuple[str, int, int]] | None:
         try:
-            names = [self.path, *(entry.path for entry in os.scandir(self.path))]
-            return time.time() - max(os.stat(name).st_mtime for name in names)
+            found = [(entry.name, entry.stat()) for entry in os.scandir(self.path)]
         except OSError:
-            return math.inf  # it is gone, or just going
+            return None  # it is gone, or just going
+        return sorted((name, stat.st_size, stat.st_mtime_ns) for name, stat in found)
 
     def delete(self, name: str) -> None:
         """Delete a file."""
@@ -153,16 +183,19 @@ class Folder:
             other.remove()
             self._fs.mv(self.path, other.path, recursive=True)
             return
+        former: Folder | None = None
         if not os.path.lexists(other.path):
             os.rename(self.path, other.path)
         elif _exchange(self.path, other.path):
-            self.remove()
+            former = self
         else:
             former = Folder(f"{self.url}.old")
+            former.remove()
             os.rename(other.path, former.path)
             os.rename(self.path, other.path)
+        _sync(os.path.dirname(other.path))
+        if former is not None:
             former.remove()
-        _sync(os.path.dirname(other.path) or ".")
 
 
 def _sync(path: str) -> None:

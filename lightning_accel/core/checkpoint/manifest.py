@@ -52,8 +52,7 @@ class Manifest:
                 for name, file in sorted(self.files.items())
             },
         }
-        body = json.dumps(content)
-        return f'{{"crc32": {zlib.crc32(body.encode())}, "manifest":\n{body}\n}}\n'.encode()
+        return _framed(json.dumps(content).encode())
 
     @classmethod
     def loads(cls, content: bytes, where: str) -> Manifest:
@@ -67,28 +66,24 @@ class Manifest:
             ValueError: If it is damaged, or of another format or version.
 
         """
-        try:
-            outer = json.loads(content)
-            body = content.split(b"\n", 1)[1].rsplit(b"\n", 2)[0]
-            intact = zlib.crc32(body) == outer["crc32"]
-            found = outer["manifest"]
-            kind, version = found["format"], found["version"]
-        except (ValueError, KeyError, IndexError, TypeError) as error:
+        lines = content.split(b"\n")
+        if len(lines) != 4 or content != _framed(lines[1]):
             raise ValueError(
-                f"Expected {where} to be the manifest of a checkpoint, but it is damaged ({error!r}). Use another"
-                " checkpoint."
-            ) from error
-        if kind != FORMAT or version > VERSION:
-            raise ValueError(
-                f"Expected {where} to be of format {FORMAT!r}, version {VERSION} or less, got {kind!r}, version"
-                f" {version}. Update lightning_accel."
+                f"Expected {where} to be the manifest of a checkpoint, with the checksum that it says, but it is"
+                " damaged. Use another checkpoint."
             )
-        if not intact:
+        found = json.loads(lines[1])
+        if found["format"] != FORMAT or found["version"] > VERSION:
             raise ValueError(
-                f"Expected {where} to have the checksum that it says, but it is damaged. Use another checkpoint."
+                f"Expected {where} to be of format {FORMAT!r}, version {VERSION} or less, got {found['format']!r},"
+                f" version {found['version']}. Update lightning_accel."
             )
         files = {
             name: File(file["nbytes"], file["crc32"], {at: (length, crc) for at, length, crc in file["chunks"]})
             for name, file in found["files"].items()
         }
         return cls(files, found["info"])
+
+
+def _framed(body: bytes) -> bytes:
+    return b'{"crc32": %d, "manifest":\n%s\n}\n' % (zlib.crc32(body), body)

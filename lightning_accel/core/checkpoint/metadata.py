@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import pickle
+from pathlib import PurePosixPath, PureWindowsPath
 from typing import Any
 
 import torch
@@ -19,9 +20,10 @@ _ALLOWED: dict[tuple[str, str], Any] = {
     ("torch", "device"): torch.device,
     ("torch.serialization", "_get_layout"): torch.serialization._get_layout,
     ("collections", "OrderedDict"): dict,
-    ("pathlib", "PosixPath"): str,
-    ("pathlib", "WindowsPath"): str,
-    ("pathlib._local", "PosixPath"): str,
+    ("pathlib", "PosixPath"): PurePosixPath,  # where it was written to; nothing looks at it
+    ("pathlib", "WindowsPath"): PureWindowsPath,
+    ("pathlib._local", "PosixPath"): PurePosixPath,
+    ("pathlib._local", "WindowsPath"): PureWindowsPath,
 } | {
     (module.__name__, name): getattr(module, name)
     for module, names in (
@@ -44,6 +46,10 @@ _ALLOWED: dict[tuple[str, str], Any] = {
 }
 
 
+class _Refused(Exception):
+    """Something that does not describe tensors is asked for."""
+
+
 class _Unpickler(pickle.Unpickler):
     @override
     def find_class(self, module: str, name: str) -> Any:
@@ -52,7 +58,7 @@ class _Unpickler(pickle.Unpickler):
             return _ALLOWED[module, name]
         if module == "torch" and isinstance(getattr(torch, name, None), torch.dtype):
             return getattr(torch, name)
-        raise pickle.UnpicklingError(f"{module}.{name}")
+        raise _Refused(f"{module}.{name}")
 
 
 def parse(content: bytes, where: str) -> Metadata:
@@ -68,7 +74,7 @@ def parse(content: bytes, where: str) -> Metadata:
     """
     try:
         found = _Unpickler(io.BytesIO(content)).load()
-    except pickle.UnpicklingError as error:
+    except _Refused as error:
         raise ValueError(
             f"Expected {where} to describe tensors, as torch.distributed.checkpoint does, but it asks for"
             f" {error}. Nothing of it was run. Do not use a checkpoint from a source that you do not trust."

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Callable, Hashable, Mapping
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from lightning_accel.core.checkpoint.shard import Shard
 from lightning_accel.core.checkpoint.stored import StoredTensor
@@ -18,7 +19,7 @@ _SMALL_BYTES = 2**16
 """Tensors that no rank has a part of go with the objects up to this size."""
 
 
-def take_tensors(nest: Any) -> tuple[dict[Path, Shard], Any]:
+def take_tensors(nest: Any, *, keeps_whole: bool = True) -> tuple[dict[Path, Shard], Any]:
     """Take what is stored as tensors out of a checkpoint.
 
     That is parts of tensors, what is in one dictionary with them (buffers are) unless it is a single number, and other
@@ -26,6 +27,7 @@ def take_tensors(nest: Any) -> tuple[dict[Path, Shard], Any]:
 
     Args:
         nest: The checkpoint.
+        keeps_whole: Whether this rank is the one that saves what no rank has a part of.
 
     Returns:
         The tensors by path, and the checkpoint without them. What was one object at two places is so still.
@@ -34,40 +36,44 @@ def take_tensors(nest: Any) -> tuple[dict[Path, Shard], Any]:
     found: dict[Path, Shard] = {}
     made: dict[Hashable, Shard] = {}
 
-    def stored(value: Any, beside: bool) -> bool:
-        if not isinstance(value, Tensor):
-            return False
-        ordinary = value.layout is torch.strided and not value.is_quantized and not value.is_nested
-        if isinstance(value, Shard | StoredTensor):
+    def taken(path: Path, value: Any, beside: bool) -> bool:
+        """Whether a value is stored as a tensor; then it is noted."""
+        if _is_stored(value, beside):
+            found[path] = _shard(value, made, keeps_whole)
             return True
-        return ordinary and (beside and value.dim() > 0 or value.nbytes > _SMALL_BYTES)
+        return False
 
     def walk(value: Any, path: Path) -> Any:
         if isinstance(value, Mapping) and all(isinstance(key, str | int) for key in value):
             beside = any(isinstance(entry, Shard | StoredTensor) for entry in value.values())
-            kept = {}
-            for key, entry in value.items():
-                if stored(entry, beside):
-                    found[(*path, key)] = _shard(entry, made)
-                else:
-                    kept[key] = walk(entry, (*path, key))
-            return kept
-        if isinstance(value, list | tuple) and type(value) in (list, tuple):
-            return type(value)(
-                _taken(found, made, entry, (*path, index)) if stored(entry, False) else walk(entry, (*path, index))
+            left = {
+                key: walk(entry, (*path, key)) for key, entry in value.items() if not taken((*path, key), entry, beside)
+            }
+            # Users' own kinds of dictionaries stay what they are.
+            return value if all(left.get(key, found) is entry for key, entry in value.items()) else left
+        if type(value) in (list, tuple):
+            walked = [
+                None if taken((*path, index), entry, False) else walk(entry, (*path, index))
                 for index, entry in enumerate(value)
-            )
+            ]
+            return value if all(map(operator.is_, walked, value)) else type(value)(walked)
         return value
 
-    return found, walk(nest, ())
+    rest = walk(nest, ())
+    return found, rest
 
 
-def _taken(found: dict[Path, Shard], made: dict[Hashable, Shard], entry: Any, path: Path) -> Any:
-    found[path] = _shard(entry, made)
-    return None
+def _is_stored(value: Any, beside: bool) -> bool:
+    if isinstance(value, Shard | StoredTensor):
+        return True
+    if type(value) not in (Tensor, nn.Parameter) or value.layout is not torch.strided:
+        return False
+    if value.is_quantized or value.is_nested or value.is_meta:
+        return False
+    return bool((beside and value.dim() > 0) or value.nbytes > _SMALL_BYTES)
 
 
-def _shard(entry: Tensor, made: dict[Hashable, Shard]) -> Shard:
+def _shard(entry: Tensor, made: dict[Hashable, Shard], keeps_whole: bool) -> Shard:
     """What stands for a tensor; the same object if it is the same memory."""
     if isinstance(entry, Shard):
         return entry
@@ -75,7 +81,7 @@ def _shard(entry: Tensor, made: dict[Hashable, Shard]) -> Shard:
     if not isinstance(entry, StoredTensor) and entry.numel():
         identity = entry.data_ptr(), entry.shape, entry.stride(), entry.dtype
     if identity not in made:
-        made[identity] = Shard.whole(entry)
+        made[identity] = Shard.whole(entry) if keeps_whole else Shard(entry.shape, entry.dtype, ())
     return made[identity]
 
 

@@ -1,23 +1,28 @@
-"""The temporary folder that a checkpoint is written to, and how it gets its name: wholly or not at all."""
+"""The temporary folder that a checkpoint is written to, and how it gets its name: wholly or not at all.
+
+[Note: leftovers]
+A run that is killed while it saves leaves its temporary folder behind. Its name holds the run's signature, so whoever
+saves there next knows whether that run is still alive: then two runs write to one place, which is an error; else the
+folder is cleared away. Of a run on another machine it is not known; it counts as alive if the folder changes while it
+is looked at. Runs of the same job that was requeued must not be kept from saving by what it has left elsewhere.
+"""
 
 from __future__ import annotations
 
 import contextlib
-import json
 import os
-import socket
+import re
 import time
-import uuid
 
 from lightning_accel.core.checkpoint.folder import Folder
 from lightning_accel.core.checkpoint.manifest import MANIFEST_FILE, Manifest
+from lightning_accel.core.checkpoint.metadata import METADATA_FILE
+from lightning_accel.core.checkpoint.reader import OBJECTS_FILE
+from lightning_accel.core.checkpoint.run import is_alive
 
-RUN = uuid.uuid4().hex[:12]
-"""This process, which may be one of several that train together: rank 0's stands for all of them."""
 _BEGAN = time.time()
-_WRITER_FILE = "writer.json"
-_ABANDONED_S = 900.0
-"""After so long without a change, what a process of another machine was writing counts as abandoned."""
+_WATCH_S = 10.0
+"""For so long a folder is looked at that a run on another machine may be writing to."""
 
 
 class Place:
@@ -25,7 +30,7 @@ class Place:
 
     Args:
         path: Of the checkpoint.
-        run: Rank 0's ``RUN``.
+        run: Rank 0's ``this_run()``.
 
     """
 
@@ -33,29 +38,35 @@ class Place:
         self.final = Folder(path)
         self.temporary = self.final.beside(f".{self.final.name}.{run}.tmp")
         """Where it is written."""
+        self._run = run
 
     def begin(self) -> None:
         """Make the temporary folder, and clear away what runs that have died have left there.
 
         Raises:
-            ValueError: If another run writes the same checkpoint.
+            ValueError: If another run writes the same checkpoint, or what is there is no checkpoint.
 
         """
-        self._require_ours()
-        prefix, own = f".{self.final.name}.", self.temporary.name
         for name in self.final.siblings():
-            if not (name.startswith(prefix) and name.endswith((".tmp", ".tmp.old"))):
-                continue
-            other = self.final.beside(name)
-            if name != own and (who := _alive(other)):
-                raise ValueError(
-                    f"Expected one run to write to {self.final}, but {who} is writing to it as well. Give each run a"
-                    " folder of its own (dirpath of ModelCheckpoint, default_root_dir of the Trainer)."
-                )
-            other.remove()
+            found = re.fullmatch(re.escape(f".{self.final.name}.") + r"([0-9a-f-]+)\.tmp(?:\.old)?", name)
+            if found:
+                self._clear(self.final.beside(name), found[1])
+        self._require_ours()
+        self._require_checkpoint()
         self.temporary.make()
-        writer = {"host": socket.gethostname(), "pid": os.getpid()}
-        self.temporary.write(_WRITER_FILE, json.dumps(writer).encode())
+
+    def _clear(self, left: Folder, run: str) -> None:
+        """Delete what is left of a save, unless it is all that there is."""
+        if run != self._run:
+            alive = is_alive(run)
+            if alive is None:
+                alive = left.is_changing(_WATCH_S)
+            if alive:
+                raise self._not_alone(f"run {run} is writing to it as well")
+        if left.size(MANIFEST_FILE) is not None and not self.final.exists():
+            left.replace(self.final)  # killed when it was about to get its name
+        else:
+            left.remove()
 
     def _require_ours(self) -> None:
         if self.final.size(MANIFEST_FILE) is None:
@@ -64,15 +75,29 @@ class Place:
             info = Manifest.loads(self.final.read(MANIFEST_FILE), str(self.final)).info
         except ValueError:
             return  # it is damaged, and about to be replaced
-        if info.get("run") != RUN and info.get("time", 0.0) > _BEGAN:
-            raise ValueError(
-                f"Expected one run to write to {self.final}, but another one has done so since this one began"
-                f" ({info.get('created')}). Give each run a folder of its own."
-            )
+        run, when = str(info.get("run")), info.get("time", 0.0)
+        if run != self._run and when > _BEGAN and is_alive(run) is not False:
+            raise self._not_alone(f"run {run} has done so since this one began ({info.get('created')})")
+
+    def _require_checkpoint(self) -> None:
+        """Raise if there is a folder of something else: it would be deleted."""
+        found = self.final.entries() if self.final.is_folder() else []
+        known = (MANIFEST_FILE, METADATA_FILE, OBJECTS_FILE)
+        if any(name in known for name in found) or all(name.endswith(".distcp") for name in found):
+            return
+        raise ValueError(
+            f"Expected {self.final} to be a checkpoint, which is replaced, or nothing yet; it is a folder of something"
+            f" else ({', '.join(found[:3])}{', …' if len(found) > 3 else ''}). Save elsewhere, or move it away."
+        )
+
+    def _not_alone(self, why: str) -> ValueError:
+        return ValueError(
+            f"Expected one run to write to {self.final}, but {why}. Give each run a folder of its own (dirpath of"
+            " ModelCheckpoint, default_root_dir of the Trainer)."
+        )
 
     def complete(self, manifest: Manifest) -> None:
         """All files are there: write the manifest, and let the checkpoint have its name."""
-        self._drop_writer()
         self.temporary.write(MANIFEST_FILE, manifest.dumps())
         self.temporary.sync()
         self.temporary.replace(self.final)
@@ -81,25 +106,3 @@ class Place:
         """Clear away what was written."""
         with contextlib.suppress(OSError):
             self.temporary.remove()
-
-    def _drop_writer(self) -> None:
-        with contextlib.suppress(OSError):
-            self.temporary.delete(_WRITER_FILE)
-
-
-def _alive(folder: Folder) -> str | None:
-    """Who is writing to a temporary folder; None if nobody is any more."""
-    try:
-        writer = json.loads(folder.read(_WRITER_FILE))
-        host, pid = writer["host"], int(writer["pid"])
-    except (OSError, ValueError, KeyError, TypeError):
-        return None if folder.age() > _ABANDONED_S / 60 else "another process"
-    if host != socket.gethostname():
-        return None if folder.age() > _ABANDONED_S else f"process {pid} on {host}"
-    try:
-        os.kill(pid, 0)
-    except ProcessLookupError:
-        return None
-    except PermissionError:
-        pass
-    return f"process {pid} on this machine"

@@ -110,7 +110,7 @@ class Reader:
         found = {}
         for key, kind in self.metadata.state_dict_metadata.items():
             if isinstance(kind, BytesStorageMetadata):
-                info = self.metadata.storage_data[MetadataIndex(key)]
+                info = self._place(MetadataIndex(key))
                 found[tuple(paths.get(key, (key,)))] = self._read(info.relative_path, info.offset, info.length)
         return found
 
@@ -134,7 +134,7 @@ class Reader:
         content = self._read(info.relative_path, info.offset, info.length)
         try:
             values = torch.load(io.BytesIO(content), map_location="cpu", weights_only=True)
-        except (pickle.UnpicklingError, RuntimeError, EOFError) as error:
+        except Exception as error:  # any error at all can come of bytes that are something else
             raise ValueError(
                 f"Expected {self.folder}/{info.relative_path} to hold {key!r} at byte {info.offset}, but it could not"
                 f" be read: {error}"
@@ -168,7 +168,16 @@ class Reader:
         return found
 
     def _info(self, key: str, box: Box) -> Any:
-        return self.metadata.storage_data[MetadataIndex(key, box.offsets)]
+        return self._place(MetadataIndex(key, box.offsets))
+
+    def _place(self, index: MetadataIndex) -> Any:
+        try:
+            return self.metadata.storage_data[index]
+        except KeyError as error:
+            raise ValueError(
+                f"Expected {self.folder}/{METADATA_FILE} to say where each part of each tensor is, but it does not for"
+                f" {index}."
+            ) from error
 
     def _infos(self, key: str) -> list[Any]:
         return [self._info(key, box) for box in self.boxes(key)]
@@ -215,3 +224,7 @@ def load_objects(content: bytes, where: str, *, weights_only: bool) -> Any:
             " Nothing of it was run. If you trust where it comes from, load it with weights_only=False, or allow that"
             " class by torch.serialization.add_safe_globals([...])."
         ) from error
+    except Exception as error:  # any error at all can come of bytes that are something else
+        if not weights_only:
+            raise
+        raise ValueError(f"Expected {where} to hold what torch.save has written, but it could not be read.") from error

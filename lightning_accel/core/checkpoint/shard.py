@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 from torch.distributed.checkpoint.metadata import ChunkStorageMetadata, MetadataIndex, TensorProperties
 from torch.distributed.checkpoint.planner import TensorWriteData, WriteItem, WriteItemType
+from torch.utils._pytree import tree_leaves
 
 from lightning_accel.core.checkpoint.boxes import Box, boxes_of_range, memory_order
 from lightning_accel.core.checkpoint.stored import StoredTensor
@@ -96,13 +97,32 @@ class Shard(Tensor):
         """Refuse: the values are on several ranks."""
         if func is torch.ops.aten.detach.default:
             return args[0]
-        shape = next(tuple(arg.shape) for arg in args if isinstance(arg, Shard))
-        raise RuntimeError(
-            f"Expected tensors of a sharded checkpoint to be passed on, renamed or left out only, but {func} wants the"
-            f" values of one (shape {shape}), of which each rank has a part. Save with"
+        found = [arg for arg in tree_leaves((args, kwargs)) if isinstance(arg, Shard)]
+        raise found[0]._has_no_values(str(func))
+
+    def _has_no_values(self, wanted: str) -> RuntimeError:
+        return RuntimeError(
+            f"Expected tensors of a sharded checkpoint to be passed on, renamed or left out only, but {wanted} wants"
+            f" the values of one (shape {tuple(self.shape)}), of which each rank has a part. Save with"
             " state_dict_type='full' (an option of the strategy) to change values while saving, or use"
             " engine.full_parameters()."
         )
+
+    def numpy(self, *, force: bool = False) -> Any:
+        """Refuse: the values are on several ranks."""
+        raise self._has_no_values("numpy()")
+
+    def tolist(self) -> Any:
+        """Refuse: the values are on several ranks."""
+        raise self._has_no_values("tolist()")
+
+    def untyped_storage(self) -> torch.UntypedStorage:
+        """Refuse: there is no memory behind it."""
+        raise self._has_no_values("untyped_storage()")
+
+    def data_ptr(self) -> int:
+        """Refuse: there is no memory behind it."""
+        raise self._has_no_values("data_ptr()")
 
     def __reduce_ex__(self, protocol: Any) -> Any:
         raise TypeError(

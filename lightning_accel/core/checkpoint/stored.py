@@ -118,6 +118,11 @@ class StoredTensor(Tensor):
         """Read what is needed, and do the operation with that."""
         if func in _ALIASES and isinstance(args[0], StoredTensor):
             return cls._of(args[0]._source)
+        if torch.Tag.inplace_view in func.tags:  # the values' shape would no longer be this one's
+            raise RuntimeError(
+                f"Expected the shape of a checkpoint's tensor to stay, but {func} changes it in place. Use what returns"
+                " another tensor instead (unsqueeze, not unsqueeze_)."
+            )
         schema = func._schema
         keeps = schema.is_mutable or any(value.alias_info is not None for value in schema.returns)
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import zlib
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import IO, Any
 
 import torch
@@ -36,6 +36,8 @@ class Kept:
     written: Written
     path: str
     """Where the file is, once the checkpoint has its name."""
+    file: tuple[int, ...]
+    """Which file that is: another one may have got its name."""
 
 
 class _Summing:
@@ -45,6 +47,7 @@ class _Summing:
         self._stream = stream
         self.begin()
         self.nbytes = 0
+        self.error: OSError | None = None
 
     def begin(self) -> None:
         self.crc32, self.length = 0, 0
@@ -54,7 +57,11 @@ class _Summing:
         size = memoryview(content).nbytes
         self.length += size
         self.nbytes += size
-        self._stream.write(content)
+        try:
+            self._stream.write(content)
+        except OSError as error:  # of which torch.save makes an error of its own
+            self.error = error
+            raise
         return size
 
     def flush(self) -> None:
@@ -79,7 +86,12 @@ def write_file(folder: Folder, name: str, parts: Mapping[MetadataIndex, Part]) -
         for index, part in parts.items():
             offset = summing.nbytes
             summing.begin()
-            torch.save(_alone(part if isinstance(part, Tensor) else part()), summing)  # type: ignore[arg-type]
+            try:
+                torch.save(_alone(part if isinstance(part, Tensor) else part()), summing)  # type: ignore[arg-type]
+            except RuntimeError:
+                if summing.error is not None:
+                    raise summing.error from None
+                raise
             file.chunks[offset] = summing.length, summing.crc32
             written.places[index] = _StorageInfo(name, offset, summing.length)
     file.nbytes = summing.nbytes
@@ -105,16 +117,19 @@ def write_frozen(
     if not parts:
         return Written(), None
     digests = {index: _digest(part) for index, part in parts.items()}
-    if kept is not None and kept.digests == digests and folder.link(name, kept.path):
-        return kept.written, Kept(digests, kept.written, f"{final}/{name}")
+    if kept is not None and kept.digests == digests and folder.link(name, kept.path, kept.file):
+        return kept.written, replace(kept, path=f"{final}/{name}")
     written = write_file(folder, name, parts)
-    return written, Kept(digests, written, f"{final}/{name}")
+    file = folder.identity(name)
+    return written, None if file is None else Kept(digests, written, f"{final}/{name}", file)
 
 
 def _digest(part: Part) -> bytes:
     values = _alone(part if isinstance(part, Tensor) else part())
-    content = values.reshape(-1).view(torch.uint8).numpy() if values.numel() else b""
-    return hashlib.sha256(f"{values.dtype} {tuple(values.shape)}".encode() + bytes(content)).digest()
+    digest = hashlib.sha256(f"{values.dtype} {tuple(values.shape)}".encode())
+    if values.numel():
+        digest.update(values.reshape(-1).view(torch.uint8).numpy().data)
+    return digest.digest()
 
 
 def _alone(part: Tensor) -> Tensor:
