@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import os
 import pickle
 from typing import Any
 
@@ -14,14 +15,20 @@ from typing_extensions import override
 METADATA_FILE = ".metadata"
 """torch's name for it."""
 
+
+def _path(*parts: str) -> str:
+    """What stands for a path, which is pickled as its parts: torch notes where it has written to."""
+    return os.path.join(*parts)
+
+
 _ALLOWED: dict[tuple[str, str], Any] = {
     ("torch", "Size"): torch.Size,
     ("torch", "device"): torch.device,
     ("torch.serialization", "_get_layout"): torch.serialization._get_layout,
     ("collections", "OrderedDict"): dict,
-    ("pathlib", "PosixPath"): str,
-    ("pathlib", "WindowsPath"): str,
-    ("pathlib._local", "PosixPath"): str,
+    ("pathlib", "PosixPath"): _path,
+    ("pathlib", "WindowsPath"): _path,
+    ("pathlib._local", "PosixPath"): _path,
 } | {
     (module.__name__, name): getattr(module, name)
     for module, names in (
