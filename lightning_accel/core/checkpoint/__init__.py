@@ -68,4 +68,14 @@ def open_dcp(path: str | os.PathLike[str], *, weights_only: bool = True) -> dict
         path: load_objects(content, str(reader.folder), weights_only=weights_only)
         for path, content in reader.others().items()
     }
-    return put_tensors(nest, others)  # type: ignore[no-any-return]
+    return _with_lists(put_tensors(nest, others))  # type: ignore[no-any-return]
+
+
+def _with_lists(nest: Any) -> Any:
+    """With lists where torch has found lists: it has their indices in paths, and strings for all keys."""
+    if not isinstance(nest, dict):
+        return nest
+    inner = {key: _with_lists(value) for key, value in nest.items()}
+    if inner and all(isinstance(key, int) for key in inner):
+        return [value for _, value in sorted(inner.items())]
+    return inner

@@ -15,6 +15,7 @@ from typing_extensions import override
 METADATA_FILE = ".metadata"
 """torch's name for it."""
 
+
 _ALLOWED: dict[tuple[str, str], Any] = {
     ("torch", "Size"): torch.Size,
     ("torch", "device"): torch.device,

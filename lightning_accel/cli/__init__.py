@@ -1,0 +1,1 @@
+"""The ``accel`` command: one file for each of its subcommands."""
