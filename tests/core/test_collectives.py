@@ -46,6 +46,10 @@ def exchange(kind, layout_name, dtype, in_place):
     collectives.all_gather(gathered, layout).wait()
     assert torch.equal(gathered, whole)
 
+    collected = torch.full((layout.total,), -1, dtype=dtype) if rank == 0 else None
+    collectives.gather(whole[start:stop], layout, collected)
+    assert rank or torch.equal(collected, whole)
+
     reduced = contribution(rank, layout.total, dtype)
     collectives.all_reduce(reduced, layout).wait()
     assert torch.equal(reduced, whole)
@@ -65,7 +69,12 @@ def test_sums_and_gathers(world, kind, layout, dtype):
             # Whatever the cut, all ranks together send (N - 1) times the buffer.
             assert sum(sent[kind_of_operation] for _, sent in ranks) == (len(ranks) - 1) * size
         assert sum(sent["all_reduce"] for _, sent in ranks) == 2 * (len(ranks) - 1) * size
-        assert all(counts == {"reduce_scatter": 1, "all_gather": 1, "all_reduce": 1} for counts, _ in ranks)
+        # To one rank only: all parts but its own, once.
+        parts = LAYOUTS[layout](len(ranks)).part
+        expected = [0, *((stop - start) * dtype.itemsize for start, stop in map(parts, range(1, len(ranks))))]
+        assert [sent["gather"] for _, sent in ranks] == expected
+        once = {"reduce_scatter": 1, "all_gather": 1, "gather": 1, "all_reduce": 1}
+        assert all(counts == once for counts, _ in ranks)
 
 
 def several_under_way():
