@@ -460,7 +460,7 @@ def _alias(plan: _Plan, places: dict[MetadataIndex, Any]) -> None:
             places[MetadataIndex(other, chunk.offsets)] = places[MetadataIndex(first, chunk.offsets)]
 
 
-def _sendable(error: Exception | None) -> Exception | None:
+def _sendable(error: BaseException | None) -> Exception | None:
     """An error that other ranks can read."""
     if error is None:
         return None
@@ -468,4 +468,4 @@ def _sendable(error: Exception | None) -> Exception | None:
         pickle.loads(pickle.dumps(error))
     except Exception:
         return RuntimeError(f"{type(error).__name__}: {error}")
-    return error
+    return error if isinstance(error, Exception) else RuntimeError(f"{type(error).__name__}: {error}")
