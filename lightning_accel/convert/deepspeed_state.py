@@ -64,7 +64,8 @@ def zero_state(files: DeepSpeedFiles, left_out: list[str]) -> State:
 
 
 def _joined(name: str, flat: Sequence[Tensor], places: Places, shape: Sequence[int]) -> Tensor:
-    return join(name, [flat[rank].view(-1)[start : start + length] for rank, start, length in places[name]], shape)
+    parts = [flat[rank].view(-1)[start : start + length] for rank, start, length in places[name]]
+    return join(name, parts or [flat[0].view(-1)[:0]], shape)
 
 
 def universal_state(files: DeepSpeedFiles) -> State:

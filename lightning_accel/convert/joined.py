@@ -18,7 +18,7 @@ def join(name: str, parts: Sequence[Tensor], shape: Sequence[int]) -> Tensor:
 
     Args:
         name: Of the tensor, for messages.
-        parts: 1-D, of one dtype: its elements, end to end. They may be mapped files.
+        parts: At least one, 1-D, of one dtype: its elements, end to end. They may be mapped files.
         shape: Of the tensor.
 
     Returns:
@@ -26,7 +26,7 @@ def join(name: str, parts: Sequence[Tensor], shape: Sequence[int]) -> Tensor:
 
     """
     assert sum(part.numel() for part in parts) == math.prod(shape), "parts of another tensor"
-    filled = [part.detach() for part in parts if part.numel()] or [part.detach() for part in parts[:1]]
+    filled = [part.detach() for part in parts if part.numel()] or [parts[0].detach()]
     if len(filled) == 1:
         return filled[0].view(tuple(shape))
     return StoredTensor(cast(Any, _Joined(filled, shape)), name, shape, filled[0].dtype)

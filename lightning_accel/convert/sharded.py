@@ -21,7 +21,6 @@ from lightning_accel.core.checkpoint import Reader, StoredTensor, load, open_dcp
 from lightning_accel.core.checkpoint.boxes import Box
 from lightning_accel.core.checkpoint.manifest import MANIFEST_FILE
 from lightning_accel.core.checkpoint.metadata import METADATA_FILE
-from lightning_accel.core.checkpoint.nest import mapped
 from lightning_accel.core.checkpoint.reader import OBJECTS_FILE
 
 _OPTIMIZER = re.compile(r"optimizer_(\d+)")
@@ -122,11 +121,11 @@ def save_ours(path: Path, nest: Mapping[str, Any], info: Mapping[str, Any], done
     """
     turn = _Turn(done)
     if is_model(nest):
-        changed = mapped(nest, turn.taking)
+        changed = turn.taking(nest)
     else:
         states = {key for key, value in nest.items() if is_model(value)} | {"state_dict"}
         states |= {str(path[0]) for path in optimizers_in(nest)}
-        changed = {key: mapped(value, turn.taking) if key in states else value for key, value in nest.items()}
+        changed = {key: turn.taking(value) if key in states else value for key, value in nest.items()}
     save(path, changed, info=dict(info))
 
 
@@ -140,8 +139,16 @@ class _Turn:
         self._sources: dict[str, Tensor] = {}
         self._values = torch.empty(0)
 
-    def taking(self, tensor: Tensor) -> Tensor:
-        """A tensor that takes its turn when it is written. Single numbers go with what is no tensor."""
+    def taking(self, nest: Any) -> Any:
+        """With tensors that take their turn when they are written."""
+        if isinstance(nest, Mapping):
+            return {key: self.taking(value) for key, value in nest.items()}
+        if type(nest) in (list, tuple):
+            return type(nest)(map(self.taking, nest))
+        return self._taking(nest) if isinstance(nest, Tensor) else nest
+
+    def _taking(self, tensor: Tensor) -> Tensor:
+        """Single numbers, and what is not dense, go with what is no tensor."""
         if not tensor.dim() or tensor.layout is not torch.strided or tensor.is_quantized or tensor.is_nested:
             return tensor
         if (same := identity(tensor)) not in self._made:

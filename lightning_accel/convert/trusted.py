@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import os
 import pickle
+import re
 import types
 from typing import Any
 
@@ -42,8 +43,10 @@ class _Unpickler(pickle.Unpickler):
         return RECORDS.get(f"{module}.{name}") or super().find_class(module, name)
 
 
-_PICKLE = types.SimpleNamespace(Unpickler=_Unpickler, load=lambda file, **options: _Unpickler(file, **options).load())
-"""What torch.load uses of the module ``pickle``."""
+_PICKLE: Any = types.ModuleType("pickle")
+"""What torch.load uses of that module."""
+_PICKLE.Unpickler = _Unpickler
+_PICKLE.load = lambda file, **options: _Unpickler(file, **options).load()
 
 
 def load_file(path: str | os.PathLike[str], *, weights_only: bool = True) -> Any:
@@ -61,20 +64,25 @@ def load_file(path: str | os.PathLike[str], *, weights_only: bool = True) -> Any
         FileNotFoundError: If there is none.
 
     """
-    with safe_globals([(stand_in, name) for name, stand_in in RECORDS.items()]):
-        mapped = _is_zip(path)
-        try:
-            if weights_only and mapped and (unsafe := get_unsafe_globals_in_checkpoint(path)):
-                raise ValueError(_refusal(path, ", ".join(sorted(unsafe))))
-            if weights_only:
-                return torch.load(path, map_location="cpu", mmap=mapped, weights_only=True)
+    mapped = _is_zip(path)
+    try:
+        if not weights_only:
             return torch.load(path, map_location="cpu", mmap=mapped, weights_only=False, pickle_module=_PICKLE)
-        except pickle.UnpicklingError as error:
-            if weights_only:
-                raise ValueError(_refusal(path, f"something else ({str(error).splitlines()[0]})")) from error
-            raise ValueError(_unreadable(path, error)) from error
-        except (RuntimeError, EOFError, KeyError, IndexError, UnicodeDecodeError) as error:
-            raise ValueError(_unreadable(path, error)) from error
+        with safe_globals([(stand_in, name) for name, stand_in in RECORDS.items()]):
+            unsafe = get_unsafe_globals_in_checkpoint(path) if mapped else []
+            if not unsafe:
+                return torch.load(path, map_location="cpu", mmap=mapped, weights_only=True)
+    except pickle.UnpicklingError as error:
+        if (named := re.search(r"GLOBAL ([\w.]+\w)", str(error))) is None:
+            raise _unreadable(path, error) from error
+        unsafe = [named[1]]
+    except Exception as error:  # any error at all can come of bytes that are damaged
+        raise _unreadable(path, error) from error
+    raise ValueError(
+        f"Expected {os.fspath(path)} to hold tensors, numbers, strings and collections of them only, but it asks for"
+        f" {', '.join(sorted(unsafe))}. Nothing of it was run. If you trust where it comes from, read it with"
+        " weights_only=False (--no-weights-only)."
+    )
 
 
 def _is_zip(path: str | os.PathLike[str]) -> bool:
@@ -83,14 +91,8 @@ def _is_zip(path: str | os.PathLike[str]) -> bool:
         return stream.read(4) == b"PK\x03\x04"
 
 
-def _refusal(path: str | os.PathLike[str], what: str) -> str:
-    return (
-        f"Expected {os.fspath(path)} to hold tensors, numbers, strings and collections of them only, but it asks for"
-        f" {what}. Nothing of it was run. If you trust where it comes from, read it with weights_only=False"
-        " (--no-weights-only)."
-    )
-
-
-def _unreadable(path: str | os.PathLike[str], error: Exception) -> str:
-    lines = str(error).splitlines() or [type(error).__name__]
-    return f"Expected {os.fspath(path)} to be a file of torch.save, but it cannot be read: {lines[0]}"
+def _unreadable(path: str | os.PathLike[str], error: Exception) -> ValueError:
+    # torch's messages about pickles are advice for those who call torch.load.
+    own = isinstance(error, pickle.UnpicklingError) or not str(error)
+    why = "it is no pickle of tensors" if own else str(error).splitlines()[0]
+    return ValueError(f"Expected {os.fspath(path)} to be a file of torch.save, but it cannot be read: {why}.")
