@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import copy
 from collections import Counter
+from collections.abc import Callable
 from typing import Any
 
 from lightning_utilities.core.apply_func import apply_to_collection
@@ -33,11 +35,27 @@ def compact(checkpoint: Any) -> Any:
             used[storage.data_ptr()] += tensor.numel() * tensor.element_size()
         return tensor
 
-    def copy(tensor: Tensor) -> Tensor:
+    def compacted(tensor: Tensor) -> Tensor:
         storage = tensor.untyped_storage()
         # Padding is at most a few KiB a unit; anything more is memory of tensors that are not saved.
         wasteful = storage.nbytes() - used[storage.data_ptr()] > max(4096, storage.nbytes() // 100)
         return tensor.clone() if wasteful else tensor
 
     apply_to_collection(checkpoint, Tensor, count)
-    return apply_to_collection(checkpoint, Tensor, copy)
+    return with_tensors(checkpoint, compacted)
+
+
+def with_tensors(nest: Any, function: Callable[[Tensor], Tensor]) -> Any:
+    """The same nest of collections with other tensors.
+
+    Args:
+        nest: Its dictionaries keep their class and attributes, such as the versions of modules that a state dict has.
+        function: Gives the other tensor.
+
+    """
+    if not isinstance(nest, dict):
+        return apply_to_collection(nest, Tensor, function)
+    made = copy.copy(nest)
+    for key, value in nest.items():
+        made[key] = with_tensors(value, function)
+    return made

@@ -12,12 +12,12 @@ from collections.abc import Hashable, Mapping
 from typing import Any
 
 from lightning.fabric.plugins import CheckpointIO
-from lightning_utilities.core.apply_func import apply_to_collection
 from torch import Tensor, nn
 
 from lightning_accel.core.checkpoint import StoredTensor
 from lightning_accel.plugins.checkpoint_io import AccelCheckpointIO, base_of
 from lightning_accel.plugins.precision import engine_optimizer
+from lightning_accel.strategies.compact import with_tensors
 from lightning_accel.strategies.unanimous import unanimous
 
 LEFT_IN_FILE = ("state_dict", "optimizer_states", "current_model_state")
@@ -68,7 +68,7 @@ def in_memory(loaded: Any) -> Any:
     """
     copies: dict[Hashable, Tensor] = {}
 
-    def copy(tensor: Tensor) -> Tensor:
+    def copied(tensor: Tensor) -> Tensor:
         if isinstance(tensor, StoredTensor):
             if tensor not in copies:
                 copies[tensor] = tensor.full()
@@ -80,7 +80,7 @@ def in_memory(loaded: Any) -> Any:
             copies[place] = tensor.clone()
         return copies[place]
 
-    return apply_to_collection(loaded, Tensor, copy)
+    return with_tensors(loaded, copied)
 
 
 def loaded_for(optimizer: Any, state: Any) -> Any:
