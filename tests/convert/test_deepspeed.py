@@ -92,8 +92,8 @@ def test_zero(tmp_path: Path, deepspeed_classes: Classes, stage: int, ranks: int
 @pytest.mark.parametrize("alignment", [1, 8])
 def test_parameters_that_were_dealt_out_have_the_optimizers_order(
     tmp_path: Path,
-    deepspeed_classes: Classes,
-    alignment: int,  # noqa: F811
+    deepspeed_classes: Classes,  # noqa: F811
+    alignment: int,
 ) -> None:
     zero = make(config={"round_robin_gradients": True}, alignment=alignment)
     zero.write(tmp_path / "zero", 2, 3, deepspeed_classes)
@@ -193,9 +193,9 @@ def test_what_deepspeed_keeps_in_its_own_way_is_reported(
 )
 def test_bad_input_is_explained(
     tmp_path: Path,
-    deepspeed_classes: Classes,
+    deepspeed_classes: Classes,  # noqa: F811
     damage: str,
-    message: str,  # noqa: F811
+    message: str,
 ) -> None:
     make().write(tmp_path / "zero", 3 if damage == "missing model rank" else 2, 3, deepspeed_classes)
     folder = tmp_path / "zero" / "global_step7"

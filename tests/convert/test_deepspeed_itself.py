@@ -184,4 +184,6 @@ def test_training_goes_on_as_under_deepspeed(made: tuple[Path, dict[str, Any]], 
     step(net, optimizer, 6, 7)
     parameters = dict(net.named_parameters())
     for key, expected in results[name]["after"].items():
-        torch.testing.assert_close(parameters[key], expected, rtol=1e-5, atol=1e-6, msg=lambda text: f"{key}: {text}")
+        torch.testing.assert_close(
+            parameters[key], expected, rtol=1e-5, atol=1e-6, msg=lambda text, key=key: f"{key}: {text}"
+        )

@@ -66,7 +66,7 @@ def test_a_folder_has_hugging_faces_index(tmp_path: Path) -> None:
 def test_shards_are_hugging_faces(sizes: list[int], most: int) -> None:
     model = {str(index): torch.empty(size, dtype=torch.uint8) for index, size in enumerate(sizes)}
     split = split_torch_state_dict_into_shards(model, max_shard_size=most) if model else None
-    found = [shard for shard in divide({name: entry.nbytes for name, entry in model.items()}, most)]
+    found = list(divide({name: entry.nbytes for name, entry in model.items()}, most))
     # theirs may begin with an empty file, if the first tensor is larger than any file
     assert [shard for shard in found if shard] == [] if split is None else [*split.filename_to_tensors.values()]
 

@@ -60,7 +60,7 @@ class Zero:
         inner.mkdir(parents=True)
         (folder / "latest").write_text("global_step7")
         groups = [self._dealt(group, ranks) for group in self.groups]
-        flat = [self._flat(group, stage, ranks, lambda name: values[name]) for group in groups for values in [group]]
+        flat = [self._flat(group, stage, ranks, group.__getitem__) for group in groups]
         moments = [
             {
                 key: self._flat(group, stage, ranks, lambda name, key=key: self.moment(key, name))
