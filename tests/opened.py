@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from lightning.fabric.strategies import STRATEGY_REGISTRY
 from lightning.pytorch.strategies import StrategyRegistry
 
 from lightning_accel.core.checkpoint import load
@@ -21,7 +22,15 @@ def opened(path: str | Path, *, weights_only: bool = True) -> dict[str, Any]:
 
 def full(row: str) -> Any:
     """The Trainer's strategy of a row, saving whole checkpoints."""
-    entry = StrategyRegistry[f"accel_{row}"]
+    return _full(StrategyRegistry[f"accel_{row}"])
+
+
+def full_in_fabric(row: str) -> Any:
+    """The same for Fabric."""
+    return _full(STRATEGY_REGISTRY[f"accel_{row}"])
+
+
+def _full(entry: dict[str, Any]) -> Any:
     return entry["strategy"](**entry["init_params"], state_dict_type="full")
 
 

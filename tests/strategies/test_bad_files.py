@@ -9,14 +9,16 @@ from pathlib import Path
 from typing import Any
 from unittest import mock
 
+import lightning.pytorch as pl
 import pytest
 import torch
 import torch.distributed as dist
 from lightning.fabric import Fabric
-from models import Net, Regression, SaveAtEnd, assert_close, loader, make, values
+from models import Net, Regression, SaveAtEnd, alone, assert_close, loader, trainer, values
 from torch import Tensor, nn
 
 from harness import Ranks
+from opened import full, full_in_fabric
 from rows import everyday
 
 EXPECTED = {
@@ -84,6 +86,11 @@ def caught(action: Any) -> tuple[str, str]:
 # -------------------------------------------------------------------- Trainer
 
 
+def make(strategy: str, **arguments: Any) -> pl.Trainer:
+    """Stock Lightning on one device for "auto", whole checkpoints for a row."""
+    return alone(**arguments) if strategy == "auto" else trainer(full(strategy), **arguments)
+
+
 class Ones(Regression):
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         checkpoint["ones"] = torch.ones(100)
@@ -143,14 +150,14 @@ def test_who_trusts_a_file_says_so(ranks2: Ranks, tmp_path: Path) -> None:
     ranks2.run(fit_with, tmp_path / "trusted", weights_only=False)
 
 
-def full(file: int) -> None:
+def no_space(file: int) -> None:
     raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
 
 def fit_on_full_disk(row: str, path: Path) -> None:
     save = SaveAtEnd(path)
     used = make(row, callbacks=[save], max_epochs=3)
-    with mock.patch("os.fsync", full if path.exists() else os.fsync):
+    with mock.patch("os.fsync", no_space if path.exists() else os.fsync):
         used.fit(Regression(), loader())
 
 
@@ -177,7 +184,7 @@ def test_a_full_disk_ends_the_run_on_every_rank_and_the_old_file_survives(
 
 
 def fabric_for(row: str) -> tuple[Fabric, nn.Module, nn.Module, torch.optim.Optimizer]:
-    fabric = Fabric(accelerator="cpu", devices=2, strategy=f"accel_{row}")
+    fabric = Fabric(accelerator="cpu", devices=2, strategy=full_in_fabric(row))
     fabric.launch()
     net = Net()
     model, optimizer = fabric.setup(net, torch.optim.Adam(net.parameters(), lr=0.01))
@@ -228,7 +235,7 @@ def save_on_full_disk(row: str, folder: Path) -> tuple[str, str]:
     fabric.save(path, state)
     saved = values(net)
     step(fabric, model, optimizer)
-    with mock.patch("os.fsync", full):
+    with mock.patch("os.fsync", no_space):
         error = caught(lambda: fabric.save(path, state))
     step(fabric, model, optimizer)
     fabric.save(folder / "two.ckpt", state)

@@ -12,7 +12,7 @@ import lightning.pytorch as pl
 import pytest
 import torch
 from lightning.fabric import Fabric
-from models import FEATURES, Regression, Samples, SaveAtEnd, assert_close, fit, loader, make, on, values
+from models import FEATURES, Regression, Samples, SaveAtEnd, alone, assert_close, fit, loader, on, trainer, values
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, DistributedSampler
 
@@ -21,7 +21,14 @@ from harness import Ranks
 from lightning_accel.core import engine_of
 from lightning_accel.core.collectives import nbytes
 from lightning_accel.plugins import checkpoint_io
+from opened import full, full_in_fabric
 from rows import everyday
+
+
+def make(strategy: str, **arguments: Any) -> pl.Trainer:
+    """Stock Lightning on one device for "auto", whole checkpoints for a row."""
+    return alone(**arguments) if strategy == "auto" else trainer(full(strategy), **arguments)
+
 
 # --------------------------------------------------------------------- content
 
@@ -291,7 +298,7 @@ def test_nothing_of_the_file_is_left_in_a_model_that_comes_without_values(ranks2
 
 
 def fabric_for(row: str) -> tuple[Fabric, nn.Module, torch.optim.Optimizer]:
-    fabric = Fabric(accelerator="cpu", devices=2, strategy=f"accel_{row}")
+    fabric = Fabric(accelerator="cpu", devices=2, strategy=full_in_fabric(row))
     fabric.launch()
     module = Wide().train()
     model, optimizer = fabric.setup(module, torch.optim.Adam(module.parameters(), lr=0.01))
