@@ -6,6 +6,7 @@ import contextlib
 import ctypes
 import os
 import shutil
+import sys
 import time
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager
@@ -18,6 +19,8 @@ from fsspec.implementations.local import LocalFileSystem
 _AT_FDCWD = -100
 _RENAME_EXCHANGE = 2
 _POLL_S = 0.2
+_RANGE_WRITE = 2
+_sync_file_range: Any = getattr(ctypes.CDLL(None), "sync_file_range", None) if sys.platform == "linux" else None
 
 
 class Folder:
@@ -105,6 +108,15 @@ class Folder:
             if self.is_local:
                 stream.flush()
                 os.fsync(stream.fileno())
+
+    def begin_sync(self, stream: IO[bytes], start: int, stop: int) -> None:
+        """Have the kernel begin to bring a range of an open file to the disk, and not wait. A hint: Linux takes it.
+
+        The disk then works while the next range is made ready, and little is left for the end.
+        """
+        if self.is_local and _sync_file_range is not None:
+            stream.flush()
+            _sync_file_range(stream.fileno(), ctypes.c_int64(start), ctypes.c_int64(stop - start), _RANGE_WRITE)
 
     def write(self, name: str, content: bytes) -> None:
         """Create a file that reaches the disk."""

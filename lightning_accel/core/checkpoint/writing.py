@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import hashlib
 import zlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from typing import IO, Any
 
@@ -12,10 +13,16 @@ import torch
 from torch import Tensor
 from torch.distributed.checkpoint.filesystem import _StorageInfo
 from torch.distributed.checkpoint.metadata import MetadataIndex
+from torch.serialization import get_crc32_options, set_crc32_options
 
 from lightning_accel.core.checkpoint.folder import Folder
 from lightning_accel.core.checkpoint.manifest import File
 from lightning_accel.core.checkpoint.shard import Part
+
+_PIECE_BYTES = 2**20
+"""So much is summed and then written while it is still in a processor's cache."""
+_AHEAD_BYTES = 2**25
+"""After so much the disk is told to begin."""
 
 
 @dataclass
@@ -53,16 +60,18 @@ class _Summing:
         self.crc32, self.length = 0, 0
 
     def write(self, content: Any) -> int:
-        self.crc32 = zlib.crc32(content, self.crc32)
-        size = memoryview(content).nbytes
-        self.length += size
-        self.nbytes += size
+        view = memoryview(content).cast("B")
         try:
-            self._stream.write(content)
+            for start in range(0, view.nbytes, _PIECE_BYTES):
+                piece = view[start : start + _PIECE_BYTES]
+                self.crc32 = zlib.crc32(piece, self.crc32)
+                self._stream.write(piece)
         except OSError as error:  # of which torch.save makes an error of its own
             self.error = error
             raise
-        return size
+        self.length += view.nbytes
+        self.nbytes += view.nbytes
+        return view.nbytes
 
     def flush(self) -> None:
         self._stream.flush()
@@ -81,8 +90,8 @@ def write_file(folder: Folder, name: str, parts: Mapping[MetadataIndex, Part]) -
     if not parts:
         return written
     file = File(0)
-    with folder.create(name) as stream:
-        summing = _Summing(stream)
+    with folder.create(name) as stream, _one_checksum():
+        summing, begun = _Summing(stream), 0
         for index, part in parts.items():
             offset = summing.nbytes
             summing.begin()
@@ -94,9 +103,23 @@ def write_file(folder: Folder, name: str, parts: Mapping[MetadataIndex, Part]) -
                 raise
             file.chunks[offset] = summing.length, summing.crc32
             written.places[index] = _StorageInfo(name, offset, summing.length)
+            if summing.nbytes - begun >= _AHEAD_BYTES:
+                folder.begin_sync(stream, begun, summing.nbytes)
+                begun = summing.nbytes
     file.nbytes = summing.nbytes
     written.files[name] = file
     return written
+
+
+@contextmanager
+def _one_checksum() -> Iterator[None]:
+    """Within it, torch.save computes no CRC-32 of its own: torch.load looks at none, and the manifest has one."""
+    former = get_crc32_options()
+    set_crc32_options(False)
+    try:
+        yield
+    finally:
+        set_crc32_options(former)
 
 
 def write_frozen(
