@@ -83,7 +83,7 @@ def convert(
     from lightning_accel.convert.sizes import format_size
 
     out = console()
-    columns = TextColumn("{task.description}"), BarColumn(), DownloadColumn(), TransferSpeedColumn()
+    columns = TextColumn("{task.description}", markup=False), BarColumn(), DownloadColumn(), TransferSpeedColumn()
     progress = Progress(*columns, console=console(stderr=True), transient=True, disable=not sys.stderr.isatty())
     task = progress.add_task(f"Writing {dst}", total=None)
     with readable_errors(), progress:
@@ -99,7 +99,8 @@ def convert(
             done=lambda nbytes: progress.advance(task, nbytes),
         )
     out.print(
-        f"{src} ({result.source}) -> {dst} ({result.target}): {result.tensors} tensors, {format_size(result.nbytes)}"
+        f"{src} ({result.source}) -> {dst} ({result.target}): {result.tensors} tensors, {format_size(result.nbytes)}",
+        markup=False,
     )
     for message in result.left_out:
         out.print(f"Left out: {message}", markup=False)
