@@ -42,6 +42,8 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 from torch.optim import Optimizer
 
+from lightning_accel.core.checkpoint import Shard, StoredTensor
+
 KINDS = ("parameters", "gradients", "optimizer", "other")
 """The kinds of bytes at rest."""
 
@@ -209,12 +211,14 @@ def _storages(tensors: Iterable[Tensor]) -> dict[int, int]:
     """The bytes of the storages under `tensors`, by address."""
     found = {}
     for tensor in tensors:
+        if isinstance(tensor, Shard | StoredTensor):
+            continue  # they have no memory of their own
         local = tensor._local_tensor if isinstance(tensor, DTensor) else tensor
         if local.device.type != "meta":
-            with torch._C.DisableTorchFunctionSubclass():  # parameters that rest sharded have none, and refuse
+            # A wrapper around tensors has no memory of its own, and no address; what it wraps is found by itself. So is
+            # what a sparse tensor consists of. Parameters that rest sharded have no storage, and refuse.
+            with suppress(RuntimeError), torch._C.DisableTorchFunctionSubclass():
                 storage = local.untyped_storage()
-            # A wrapper around tensors has no memory of its own, and no address; what it wraps is found by itself.
-            with suppress(RuntimeError):
                 found[storage.data_ptr()] = storage.nbytes()
     return found
 

@@ -12,6 +12,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from lightning_accel.core import Engine
+from lightning_accel.core.checkpoint import Shard, StoredTensor
 
 ROW_NAMES = ["ddp", "zero1", "zero2", "fsdp", "fsdp_partial"]
 # Two runs in double precision that differ only in the order of sums: rounding gives about 1e-16, a bug far more.
@@ -78,6 +79,8 @@ def live_bytes() -> int:
     """Memory behind all tensors of this process. (What the system says depends on the heap's holes and huge pages.)"""
     with torch._C.DisableTorchFunctionSubclass():
         tensors = [t for t in gc.get_objects() if issubclass(type(t), Tensor) and not t.is_meta]
+        # They have no memory of their own.
+        tensors = [tensor for tensor in tensors if not isinstance(tensor, Shard | StoredTensor)]
         storages = [tensor.untyped_storage() for tensor in tensors]
     sizes: dict[int, int] = {}
     for storage in storages:
