@@ -15,6 +15,8 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from opened import opened
+
 ROOT = Path(__file__).parents[2]
 MODEL = ("--dim", "32", "--layers", "2", "--heads", "2", "--generate", "8")
 DATA = ("--batch-size", "2", "--block-size", "32", "--validation-tokens", "512")
@@ -115,7 +117,7 @@ def test_train_lm_reports_and_leaves_everything(runs: Runs, name: str) -> None:
     assert "def " in result.output
     assert result.output.count("throughput") == 1, "only rank 0 may print"
     assert (result.out / "curve.png").read_bytes().startswith(b"\x89PNG")
-    checkpoint = torch.load(result.out / "checkpoints" / "last.ckpt", weights_only=True)
+    checkpoint = opened(result.out / "checkpoints" / "last.ckpt")
     assert checkpoint["global_step"] == last
 
 

@@ -25,7 +25,7 @@ EXPECTED = {
     "truncated": ("ValueError", "is incomplete"),
     "flipped": ("ValueError", "CRC-32"),
     "text": ("ValueError", "is none"),
-    "folder": ("ValueError", "got the folder"),
+    "folder": ("ValueError", "to be a complete checkpoint"),
     "missing": ("FileNotFoundError", "Checkpoint file not found"),
     "on rank 0 only": ("FileNotFoundError", "Checkpoint file not found"),
     "evil": ("UnpicklingError", "Nothing of it was executed"),
