@@ -13,6 +13,8 @@ from learning_curve import LearningCurve
 from stdlib_text import StdlibText
 from torch import Tensor, nn
 
+from lightning_accel.core.checkpoint import load
+
 PRECISIONS = ("32-true", "16-mixed", "bf16-mixed", "16-true", "bf16-true", "64-true")
 PROMPT = "def "
 MODEL_ARGUMENTS = ("vocab_size", "dim", "layers", "heads", "tie")
@@ -133,9 +135,10 @@ def parse_language_model(parser: argparse.ArgumentParser, last: str) -> argparse
 
 def check_same_model(parser: argparse.ArgumentParser, args: argparse.Namespace) -> None:
     """Refuse a checkpoint of another model by name, before its tensors do not fit."""
-    if not args.resume.is_file():
-        return
-    checkpoint = torch.load(args.resume, map_location="cpu", mmap=True, weights_only=True)
+    if args.resume.is_dir():
+        checkpoint = load(args.resume)
+    else:
+        checkpoint = torch.load(args.resume, map_location="cpu", mmap=True, weights_only=True)
     saved = checkpoint.get("hyper_parameters", {})
     for name in MODEL_ARGUMENTS:
         if name in saved and saved[name] != getattr(args, name):
