@@ -19,6 +19,7 @@ next save, or at the end.
 from __future__ import annotations
 
 import dataclasses
+import importlib.metadata
 import io
 import os
 import pickle
@@ -296,12 +297,10 @@ class Saver:
         return result  # type: ignore[return-value]
 
     def _info(self, given: Mapping[str, Any]) -> dict[str, Any]:
-        from lightning_accel import __version__
-
         now = time.time()
         return {
             **given,
-            "lightning_accel": __version__,
+            "lightning_accel": importlib.metadata.version("lightning-accel"),
             "torch": torch.__version__,
             "created": datetime.fromtimestamp(now, timezone.utc).isoformat(timespec="seconds"),
             "time": now,
