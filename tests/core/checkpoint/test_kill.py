@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import multiprocessing
 import os
 import random
@@ -91,7 +92,8 @@ def kill_while_saving(folder: Path, kills: int, seed: int) -> None:
         finally:
             for rank in chance.sample(ranks, RANKS):
                 if rank.pid is not None:
-                    os.kill(rank.pid, signal.SIGKILL)
+                    with contextlib.suppress(ProcessLookupError):  # it has ended because the other one was killed
+                        os.kill(rank.pid, signal.SIGKILL)
                     rank.join()
         found = {path.name: read_all(path) for path in (folder / "saved").iterdir() if not path.name.startswith(".")}
         assert found["last"] > newest, found
