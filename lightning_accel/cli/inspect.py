@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
+from rich.console import Group
 from rich.table import Table
 from rich.text import Text
 
@@ -63,30 +64,35 @@ def _overview(summary: Summary) -> Table:
     return table
 
 
-def _model(summary: Summary) -> Table:
+def _titled(title: str, table: Table) -> Group:
+    """A table under a line of its own: as the table's title it would be folded to the table's width."""
+    return Group(Text(title, style="italic"), table)
+
+
+def _model(summary: Summary) -> Group:
     from lightning_accel.convert.sizes import format_size
 
     elements = sum(entry.numel for entry in summary.tensors)
-    table = Table(title=f"Model: {len(summary.tensors)} tensors, {elements:,} elements", title_justify="left")
+    table = Table()
     table.add_column("name", overflow="fold")
     table.add_column("shape", overflow="fold")
     table.add_column("dtype", overflow="fold")
     table.add_column("size", justify="right", no_wrap=True)
     for entry in summary.tensors:
         table.add_row(Text(entry.name), _shape(entry), _dtype(entry), format_size(entry.nbytes))
-    return table
+    return _titled(f"Model: {len(summary.tensors)} tensors, {elements:,} elements", table)
 
 
-def _optimizer(optimizer: OptimizerSummary) -> Table:
+def _optimizer(optimizer: OptimizerSummary) -> Group:
     kind = "by name" if optimizer.by_name else "by number"
     title = f"Optimizer {optimizer.name}: {optimizer.groups} groups, {optimizer.parameters} parameters {kind}"
-    table = Table(title=title, title_justify="left")
+    table = Table()
     table.add_column("parameter", overflow="fold")
     table.add_column("state", overflow="fold")
     for parameter, entries in optimizer.states.items():
         state = ", ".join(f"{entry.name} {_dtype(entry)} {_shape(entry).plain}" for entry in entries)
         table.add_row(Text(parameter), Text(state))
-    return table
+    return _titled(title, table)
 
 
 def _shape(entry: TensorSummary) -> Text:
