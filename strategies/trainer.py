@@ -51,6 +51,7 @@ from lightning_accel.strategies.files import (
     require_lightning,
 )
 from lightning_accel.strategies.options import EngineOptions, Recomputed, reject_unknown, to_device
+from lightning_accel.strategies.resume import Continuation
 from lightning_accel.strategies.schedule import hold_schedules
 from lightning_accel.strategies.signals import AgreedSignals
 from lightning_accel.strategies.unanimous import unanimous
@@ -180,6 +181,7 @@ class AccelStrategy(DDPStrategy):
         self._accumulation = Accumulation()
         self._step_was_skipped = False
         self._at_teardown = ExitStack()
+        self._continuation = Continuation(self)
         super().__init__(
             accelerator=accelerator,
             parallel_devices=parallel_devices,
@@ -258,6 +260,8 @@ class AccelStrategy(DDPStrategy):
         assert self.model is not None
         self.accelerator.setup(trainer)
         fitting = trainer.state.fn == TrainerFn.FITTING
+        if fitting:
+            self._continuation.take_up(trainer)
         if fitting and self._layer_sync:
             self.model = self._layer_sync.apply(self.model)
         # Inference tensors cannot be written to later: buffers that evaluation creates would break training.
@@ -331,6 +335,14 @@ class AccelStrategy(DDPStrategy):
             and self.engine.is_fetched_from
             and not isinstance(self._launcher, _MultiProcessingLauncher)  # these processes end now
         )
+
+    @override
+    def process_dataloader(self, dataloader: object) -> object:
+        return self._continuation.follow(dataloader)
+
+    @override
+    def on_train_start(self) -> None:
+        self._continuation.start()
 
     # ------------------------------------------------------------------- steps
 
@@ -532,6 +544,7 @@ class AccelStrategy(DDPStrategy):
 
     @override
     def save_checkpoint(self, checkpoint: dict[str, Any], filepath: Any, storage_options: Any | None = None) -> None:
+        self._continuation.add_to(checkpoint)
         if self._checkpoints.are_sharded:
             if storage_options is not None:
                 raise TypeError("Expected no storage_options for a sharded checkpoint. Use state_dict_type='full'.")
@@ -575,6 +588,7 @@ class AccelStrategy(DDPStrategy):
 
     def _tear_down(self) -> None:
         self._at_teardown.close()
+        self._continuation.end()
         # What an earlier stage has left in parts stays so if this one has failed before it had to do with it.
         if self.engine is not None and self._was_set_up:
             if self._leaves_in_parts:
