@@ -34,8 +34,6 @@ class Place:
     """What loaders with a state_dict say."""
     wrapped: list[bool]
     """Of ``CombinedLoader(mode="max_size_cycle")``, which have begun anew within the epoch."""
-    is_complete: bool
-    """Whether it has all states: they are not asked for at each batch where that is not needed."""
 
     def positions(self) -> list[dict[str, Any]]:
         """What a checkpoint says of each loader: its ``state``, whether it ``wrapped``, and as ``Mark.position``."""
@@ -82,19 +80,18 @@ class Places:
             self._kept.clear()
         elif last is not None and last.fetched == self._fetched:
             return False  # the first one has begun anew: Lightning asks twice for this batch
-        fetcher = self._trainer.fit_loop._data_fetcher
-        self._kept.append(self._look(with_states=fetcher is not None and fetcher.length is None))
+        self._kept.append(self._look())
         return True
 
     def now(self) -> Place | None:
         """Where they are; None if there are none."""
-        return None if self._iterator is None else self._look(with_states=True)
+        return None if self._iterator is None else self._look()
 
     def find(self, fetched: int) -> Place | None:
         """Where they were when so many batches of the epoch had been fetched, if that is not long ago."""
         now = self.now()
         for place in reversed([*self._kept, *([] if now is None else [now])]):
-            if place.fetched == fetched and place.is_complete:
+            if place.fetched == fetched:
                 return place
         return None
 
@@ -133,7 +130,7 @@ class Places:
         assert fetcher is not None
         return fetcher.fetched + self.ahead
 
-    def _look(self, *, with_states: bool) -> Place:
+    def _look(self) -> Place:
         iterator = self._iterator
         stateful = [isinstance(loader, _Stateful) for loader in iterator.iterables]
         return Place(
@@ -141,11 +138,10 @@ class Places:
             fetched=self._fetched,
             marks=[drawing.mark() if isinstance(drawing, replay.Drawing) else None for drawing in iterator.iterators],
             states=[
-                loader.state_dict() if with_states and has_state else None
+                loader.state_dict() if has_state else None
                 for loader, has_state in zip(iterator.iterables, stateful, strict=True)
             ],
             wrapped=list(getattr(iterator, "_consumed", [False] * len(stateful))),
-            is_complete=with_states or not any(stateful),
         )
 
 

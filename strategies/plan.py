@@ -41,6 +41,8 @@ class Plan:
     """Which of the loaders for validation had persistent workers."""
     stream: rng.Stream = field(default_factory=rng.Stream)
     """Random numbers of what has yet to be done of what comes before the next batch."""
+    error: ValueError | None = None
+    """Why nobody can go on."""
     left: dict[int, int] = field(default_factory=dict)
     """Batches that are left of the training loaders whose samples are shared anew, by index."""
 
@@ -113,17 +115,16 @@ class Plan:
             return replay.Beginning(self.stream) if position.epoch == 0 else None
         saved = self.train[index]
         if position.begins:
+            if position.epoch == 0 and saved.get("drawn") == 0:
+                return replay.Beginning(rng.Stream(saved["made"]), saved, state=saved["state"])
             if saved["state"] is not None:
                 loader.load_state_dict(saved["state"])
-            elif position.epoch == 0 and saved.get("drawn") == 0:
-                return replay.Beginning(rng.Stream(saved["made"]), saved)
             return None
         _set_sampler_epoch(loader, position.epoch)
         known = shared(loader)
         start = self._shared_anew(loader, saved, known)
         if start is None and saved["state"] is not None:
-            loader.load_state_dict(saved["state"])
-            return None
+            return replay.Beginning(rng.Stream(saved["made"]), saved, state=saved["state"])
         if start is not None:
             assert known is not None
             limit = math.inf if combined.limits is None else combined.limits[index]

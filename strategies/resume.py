@@ -35,7 +35,7 @@ from lightning.pytorch.loops.fetchers import _DataLoaderIterDataFetcher, _Prefet
 from lightning.pytorch.trainer.states import RunningStage, TrainerFn
 
 from lightning_accel.core import replay, rng
-from lightning_accel.core.data_position import shared
+from lightning_accel.core.data_position import set_generators, shared
 from lightning_accel.strategies.places import Place, Places
 from lightning_accel.strategies.plan import KEY, VERSION, Plan
 from lightning_accel.strategies.progress import Position
@@ -71,7 +71,7 @@ class Continuation:
     at the end of an epoch that was interrupted.
 
     A checkpoint made while gradients accumulate goes back to the first of these micro-batches, whose gradients it does
-    not have.
+    not have. Buffers which forward passes change, as those of batch normalisation, see these micro-batches twice.
 
     Args:
         strategy: Whose fits these are.
@@ -85,6 +85,7 @@ class Continuation:
         self._window: _Window | None = None
         self._validation: rng.State | None = None  # when it began
         self._last: Place | None = None  # when the last fit ended
+        self._next: dict[int, replay.Beginning] = {}  # how iterators of the next epoch begin, by loader
         self._seeds: dict[int, int] = {}
         self._had_workers: list[bool] = []
         self._watched: list[weakref.ref[Any]] = []
@@ -98,15 +99,13 @@ class Continuation:
             return
         position, own = self._now(Position.of(checkpoint["loops"]["fit_loop"], validating=self._is_validating))
         entries = self._gather(own)
-        trainer = self._trainer
+        reloaded = self._trainer.fit_loop._last_train_dl_reload_epoch  # -inf before the first time
         checkpoint[KEY] = {
             "version": VERSION,
             "world_size": len(entries),
             "row": self._strategy.row.name,
             "position": asdict(position),
-            "reloaded": trainer.fit_loop._last_train_dl_reload_epoch
-            if trainer.reload_dataloaders_every_n_epochs
-            else None,
+            "reloaded": reloaded if self._reloads and reloaded >= 0 else None,
             "rng": [entry and entry["rng"] for entry in entries],
             "loaders": [entry and {"train": entry["train"], "val": entry["val"]} for entry in entries],
         }
@@ -117,7 +116,8 @@ class Continuation:
         own: dict[str, Any] = {"val": [] if places is None else places.have_workers()}
         if plan is not None and plan.state is not None:  # nothing has happened yet
             return plan.position, {**own, "rng": plan.state, "train": plan.train}
-        state = None
+        state: rng.State | None = None
+        place: Place | None
         if (window := self._open_window(position)) is not None:
             position = Position(epoch=position.epoch, batches=window.batches)
             state, place = window.state, window.place
@@ -151,10 +151,10 @@ class Continuation:
     def _gather(self, own: dict[str, Any]) -> list[dict[str, Any] | None]:
         """The entries of all ranks; only this one's if the others may not come."""
         strategy, engine = self._strategy, self._strategy.engine
-        is_open = engine is not None and not engine.is_closed
-        if is_open and (not strategy._is_interrupted or engine.collectives.meet_within(_WAIT_S)):
-            return engine.collectives.gather_objects(own)
-        if not is_open and not strategy._is_interrupted and dist.is_available() and dist.is_initialized():
+        if engine is not None and not engine.is_closed:
+            if not strategy._is_interrupted or engine.collectives.meet_within(_WAIT_S):
+                return engine.collectives.gather_objects(own)
+        elif not strategy._is_interrupted and dist.is_available() and dist.is_initialized():
             entries: list[Any] = [None] * dist.get_world_size()
             dist.all_gather_object(entries, own)
             return entries
@@ -171,7 +171,7 @@ class Continuation:
         """
         self.end()
         self._last = None
-        self._seeds, self._had_workers = {}, []
+        self._next, self._seeds, self._had_workers = {}, {}, []
         self._places = Places(trainer)
         checkpoint = trainer._checkpoint_connector._loaded_checkpoint
         loops = checkpoint.get("loops", {}).get("fit_loop")
@@ -185,10 +185,17 @@ class Continuation:
         self._places.ahead = plan.position.batches
 
     def start(self) -> None:
-        """Call within ``on_train_start``. See [Note: armed and live]."""
+        """Call within ``on_train_start``. See [Note: armed and live].
+
+        Raises:
+            ValueError: If nobody can say which samples are next.
+
+        """
         plan, places = self._plan, self._places
         if plan is None:
             return
+        if plan.error is not None:
+            raise plan.error
         assert places is not None
         fit = self._trainer.fit_loop
         combined = fit._combined_loader
@@ -215,12 +222,18 @@ class Continuation:
         assert combined is not None
         if plan.position.epoch == 0:
             return  # what they have made already is used
-        for index, loader in enumerate(combined.flattened):
-            state = plan.train[index]["state"] if index < len(plan.train) else None
+        for index, (loader, saved) in enumerate(zip(combined.flattened, plan.train)):  # noqa: B905
             # It was told to go on from the end of an epoch. Some do, and have to notice that it is the end; others have
             # begun with the next one, which they shall when Lightning does.
-            if state is not None and next(combined._iterator.iterators[index], None) is not None:  # type: ignore[union-attr]
-                loader.load_state_dict(state)
+            if saved["state"] is not None and next(combined._iterator.iterators[index], None) is not None:  # type: ignore[union-attr]
+                position = {
+                    "drawn": 0,
+                    "generators": saved.get("generators_now", []),
+                    "is_reset": bool(getattr(loader, "persistent_workers", False)),
+                }
+                self._next[index] = replay.Beginning(None, position, state=saved["state"])
+            else:
+                set_generators(loader, saved.get("generators_now", []))
 
     def _start_within_epoch(self, plan: Plan, places: Places) -> None:
         """Have Lightning go on after a batch, first with the validation that is due then."""
@@ -230,8 +243,9 @@ class Continuation:
         assert fetcher is not None
         if plan.left:
             self._count_anew(plan, places)
-        if plan.train and hasattr(combined._iterator, "_consumed"):
-            combined._iterator._consumed = [saved["wrapped"] for saved in plan.train]
+        iterator: Any = combined._iterator
+        if plan.train and hasattr(iterator, "_consumed"):
+            iterator._consumed = [saved["wrapped"] for saved in plan.train]
         is_due = loop._should_check_val_fx(fetcher)
         loop.val_loop._has_run = False  # that of an earlier fit
         if is_due and not position.is_validated:
@@ -258,7 +272,7 @@ class Continuation:
         total = sized_len(combined)
         if left is None or total is None:
             return
-        progress = self._trainer.fit_loop.epoch_loop.batch_progress
+        progress: Any = self._trainer.fit_loop.epoch_loop.batch_progress
         done = total - left
         progress.current.ready = progress.current.started = done
         progress.current.processed = progress.current.completed = done
@@ -296,8 +310,7 @@ class Continuation:
         batches = self._trainer.fit_loop.epoch_loop.batch_progress.current.ready
         if batches % window == 0:
             place = places.find(batches)
-            # A loader that keeps its own place cannot go back to one some batches ago.
-            if place is not None and not any(state is not None for state in place.states):
+            if place is not None:
                 self._window = _Window(batches, rng.collect(self._strategy.root_device), place)
 
     def begin(self, loader: Any) -> replay.Beginning | None:
@@ -310,7 +323,15 @@ class Continuation:
                 known.sampler.seed = self._seeds[index]
             combined = self._trainer.fit_loop._combined_loader
             assert combined is not None
-            return None if self._plan is None else self._plan.beginning(loader, index, combined)
+            if self._plan is None:
+                return self._next.pop(index, None)
+            try:
+                return self._plan.beginning(loader, index, combined)
+            except (
+                ValueError
+            ) as error:  # raised here, it would be hidden by one of Lightning's, whose fetcher is not ready
+                self._plan.error = self._plan.error or error
+                return None
         index = places.index_in_validation(loader)
         if index == 0:
             self._validation = rng.collect(self._strategy.root_device)
@@ -325,6 +346,12 @@ class Continuation:
         module = self._strategy.lightning_module
         assert module is not None
         return module.trainer
+
+    @property
+    def _reloads(self) -> bool:
+        """Whether Lightning makes the loaders anew after some epochs."""
+        trainer: Any = self._trainer
+        return bool(trainer.reload_dataloaders_every_n_epochs)
 
     @property
     def _is_validating(self) -> bool:

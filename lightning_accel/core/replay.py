@@ -38,6 +38,16 @@ from typing_extensions import override
 
 from lightning_accel.core import rng
 from lightning_accel.core.data_position import generators_of, set_generators, shared
+from lightning_accel.core.orders import (
+    Indices,
+    Opened,
+    Orders,
+    after_batches,
+    after_orders,
+    from_place,
+    opens_at_once,
+    order_that_counts,
+)
 
 _KEY = "_accel_watch"
 """Where a watched loader keeps its :class:`_Watch`."""
@@ -50,16 +60,18 @@ class Beginning:
     """How an iterator is to be made: as one that was interrupted.
 
     Args:
-        stream: The random numbers that it is made with.
+        stream: The random numbers that it is made with. None: those of the process.
         position: Of the interrupted one, from ``Mark.position``. None: at the beginning, with ``stream`` alone.
         start: For an order of samples that is shared anew, the place to go on from; see
             ``lightning_accel.core.data_position``. None: after as many batches as ``position`` says.
+        state: Of a loader that keeps its own place, what it has said of it: it goes on from there by itself.
 
     """
 
-    stream: rng.Stream
+    stream: rng.Stream | None
     position: Mapping[str, Any] | None = None
     start: int | None = None
+    state: Any = None
 
 
 class Watcher(Protocol):
@@ -170,7 +182,7 @@ class Drawing(Iterator[Any]):
     @override
     def __next__(self) -> Any:
         self._watcher.draw(self)
-        with contextlib.nullcontext() if self._stream is None else self._stream.drawn_from():
+        with _drawing_from(self._stream):
             if self.origin.first is None:
                 self.origin.first = rng.collect()
             try:
@@ -262,18 +274,15 @@ class _Watch:
     def __init__(self, watcher: Watcher) -> None:
         self._watcher = watcher
         self._open: Callable[[Any], Iterator[Any]] | None = None
-        self._opened: _Opened | None = None
+        self._opened: Opened | None = None
 
     def look_at(self, sampler: Any) -> Any:
         """What the iterator that is being made takes its indices from."""
-        return sampler if self._open is None else _Indices(sampler, self)
+        return sampler if self._open is None else Indices(sampler, self.indices)
 
     def indices(self, sampler: Any) -> Iterator[Any]:
         """The indices of one pass over a sampler."""
-        if self._open is None:
-            return iter(sampler)
-        self._opened = _Opened(functools.partial(self._open, sampler))
-        return self._opened
+        return iter(sampler) if self._open is None else self._open(sampler)
 
     def start_workers(self, loader: Any) -> None:
         with rng.Stream().drawn_from(), self._opening(lambda sampler: iter(())):
@@ -281,10 +290,13 @@ class _Watch:
 
     def begin(self, loader: Any) -> Drawing:
         beginning = self._watcher.begin(loader)
+        if beginning is not None and beginning.state is not None:
+            return self._go_on_by_itself(loader, beginning)
         if beginning is not None and beginning.position is not None:
+            assert beginning.stream is not None
             return self._begin_again(loader, beginning.stream, beginning.position, beginning.start)
         stream = None if beginning is None else beginning.stream
-        with contextlib.nullcontext() if stream is None else stream.drawn_from():
+        with _drawing_from(stream):
             origin = _origin(loader)
             return Drawing(_make(loader), self._watcher, origin, stream=stream)
 
@@ -301,10 +313,12 @@ class _Watch:
         if start is not None:
             known = shared(loader)
             assert known is not None
-            opening = functools.partial(_from_place, known.rest, start)
+            way: Callable[[Any], Iterator[Any]] = functools.partial(from_place, known.rest, start)
         else:
-            opening = functools.partial(_after, drawn)
-        with self._opening(opening) if by_index else contextlib.nullcontext():
+            way = functools.partial(after_batches, drawn)
+        if by_index and opens_at_once(loader):
+            way = functools.partial(after_orders, loader, position, way)
+        with self._opening(functools.partial(self._lazily, way)) if by_index else contextlib.nullcontext():
             with stream.drawn_from():
                 inner = _make(loader)
             if goes_on and position["first"] is not None:
@@ -328,6 +342,38 @@ class _Watch:
         )
         return Drawing(inner, self._watcher, origin, drawn, stream)
 
+    def _lazily(self, way: Callable[[Any], Iterator[Any]], sampler: Any) -> Iterator[Any]:
+        self._opened = Opened(functools.partial(way, sampler))
+        return self._opened
+
+    def _go_on_by_itself(self, loader: Any, beginning: Beginning) -> Drawing:
+        """See [Note: orders that are opened again]."""
+        position = beginning.position
+        assert position is not None
+        set_generators(loader, position["generators"])
+        loader.load_state_dict(beginning.state)  # it may know the states of its generators better
+        with _drawing_from(beginning.stream):
+            origin = _origin(loader)
+            orders = Orders(loader, origin.sources, order_that_counts(loader, position))
+            with self._opening(orders.open), self._looking_within(loader):
+                inner = _make(loader)
+            orders.end()
+        return Drawing(inner, self._watcher, origin, position["drawn"], beginning.stream)
+
+    @contextlib.contextmanager
+    def _looking_within(self, loader: Any) -> Iterator[None]:
+        """Within it, a batch sampler that an iterator is made of looks at what it takes its samples from as we do."""
+        batches: Any = getattr(loader, "batch_sampler", None)
+        sampler = getattr(batches, "sampler", None)
+        if sampler is None:
+            yield
+            return
+        batches.sampler = Indices(sampler, self.indices)
+        try:
+            yield
+        finally:
+            batches.sampler = sampler
+
     @contextlib.contextmanager
     def _opening(self, way: Callable[[Any], Iterator[Any]]) -> Iterator[None]:
         self._open = way
@@ -337,48 +383,8 @@ class _Watch:
             self._open = None
 
 
-class _Indices:
-    """A sampler, as the iterators of a watched loader see it that are not to begin at its beginning."""
-
-    def __init__(self, sampler: Any, watching: _Watch) -> None:
-        self._sampler = sampler
-        self._watching = watching
-
-    def __iter__(self) -> Iterator[Any]:
-        return self._watching.indices(self._sampler)
-
-    def __len__(self) -> int:
-        return len(self._sampler)
-
-
-class _Opened(Iterator[Any]):
-    """Indices that are opened when the first is asked for, or before, but not when ``iter`` is called.
-
-    So do samplers that are generators, and torch calls ``iter`` twice where there are workers.
-    """
-
-    def __init__(self, way: Callable[[], Iterator[Any]]) -> None:
-        self._way = way
-        self._indices: Iterator[Any] | None = None
-
-    def open(self) -> Iterator[Any]:
-        if self._indices is None:
-            self._indices = self._way()
-        return self._indices
-
-    @override
-    def __next__(self) -> Any:
-        return next(self.open())
-
-
-def _after(batches: int, sampler: Any) -> Iterator[Any]:
-    indices = iter(sampler)
-    deque(islice(indices, batches), maxlen=0)
-    return indices
-
-
-def _from_place(rest: Callable[[int], Iterable[Any]], start: int, sampler: Any) -> Iterator[Any]:
-    return iter(rest(start))
+def _drawing_from(stream: rng.Stream | None) -> contextlib.AbstractContextManager[None]:
+    return contextlib.nullcontext() if stream is None else stream.drawn_from()
 
 
 def _make(loader: Any) -> Iterator[Any]:
@@ -402,8 +408,9 @@ def _order(origin: Origin, drawn: int) -> dict[str, Any] | None:
 
 def _give_class(loader: Any) -> bool:
     """Give a loader a class that is watched. Returns whether that can be."""
+    original: Any = type(loader)
     try:
-        loader.__class__ = _watched_class(type(loader))
+        loader.__class__ = _watched_class(original)
     except (TypeError, AttributeError):
         return False
     return True
