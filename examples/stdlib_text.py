@@ -1,6 +1,5 @@
 """Real text that every machine with Python has: the source of Python's own standard library."""
 
-import itertools
 import os
 import platform
 import shutil
@@ -8,7 +7,6 @@ import sysconfig
 import tempfile
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any
 
 import lightning as L
 import numpy as np
@@ -84,32 +82,6 @@ class EpochShuffle(RandomSampler):
         return iter(torch.randperm(len(self.data_source), generator=generator).tolist())
 
 
-class ResumableLoader(DataLoader):
-    """A DataLoader that goes on in the middle of an epoch.
-
-    Lightning saves and restores the state of loaders that have ``state_dict`` and ``load_state_dict``. The sampler
-    repeats its order after a restart, so it is enough to remember how many batches were taken from it.
-    """
-
-    _taken = 0
-    _skip = 0
-
-    def __iter__(self) -> Iterator[Any]:  # type: ignore[override]
-        self._taken, self._skip = self._skip, 0
-        for batch in itertools.islice(super().__iter__(), self._taken, None):
-            self._taken += 1
-            yield batch
-        self._taken = 0
-
-    def state_dict(self) -> dict[str, int]:
-        """How many batches of this epoch were taken."""
-        return {"taken": self._taken}
-
-    def load_state_dict(self, state: dict[str, int]) -> None:
-        """Begin behind the batches that were taken, be it all of them: Lightning asks again for the next epoch."""
-        self._skip = state["taken"]
-
-
 class StdlibText(L.LightningDataModule):
     """The standard library as windows of tokens, split by file into training and validation.
 
@@ -171,7 +143,7 @@ class StdlibText(L.LightningDataModule):
     def train_dataloader(self) -> DataLoader:
         """Shuffled windows, int64 ``[batch_size, block_size + 1]``."""
         windows = Windows(self.train_tokens, self.block_size)
-        return ResumableLoader(windows, batch_size=self.batch_size, sampler=EpochShuffle(windows), drop_last=True)
+        return DataLoader(windows, batch_size=self.batch_size, sampler=EpochShuffle(windows), drop_last=True)
 
     def val_dataloader(self) -> DataLoader:
         """The validation windows in their order, int64 ``[<= batch_size, block_size + 1]``."""

@@ -22,6 +22,7 @@ from common import (
     language_model_parser,
     model_arguments,
     parse_language_model,
+    positive,
     sample_text,
     share_cores,
 )
@@ -46,14 +47,18 @@ class Recorder(L.Callback):
         ranks_here: Ranks on this machine, which share its cores.
         data: Knows the tokens of the sample text.
         generate: Tokens of sample text to write at the end.
+        stop_at: The step after which to stop, if that is not where the schedule ends.
     """
 
-    def __init__(self, out: Path, title: str, ranks_here: int, data: StdlibText, generate: int) -> None:
+    def __init__(
+        self, out: Path, title: str, ranks_here: int, data: StdlibText, generate: int, stop_at: int | None
+    ) -> None:
         self.out = out
         self.title = title
         self.ranks_here = ranks_here
         self.data = data
         self.generate = generate
+        self.stop_at = stop_at
         self.curve = LearningCurve()
         self.started = False
         self.mark: float | None = None  # when the current step began
@@ -93,7 +98,7 @@ class Recorder(L.Callback):
         speed = self.curve.trained(trainer.global_step, tokens, now - (self.mark or now), self.lr, float(loss))
         self.mark = now
         pl_module.log("tokens/s", speed, prog_bar=True)
-        if trainer.global_step >= trainer.max_steps:
+        if trainer.global_step >= (self.stop_at or trainer.max_steps):
             trainer.should_stop = True  # makes Lightning validate, and so save, after the last step whatever its number
 
     def on_validation_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
@@ -126,12 +131,13 @@ def main() -> None:
         StrategyRegistry.available_strategies(),
         "runs/train_lm",
     )
+    parser.add_argument("--stop-at", type=positive, metavar="STEP", help="save and stop here, as if interrupted")
     args = parse_language_model(parser, f"{CHECKPOINTS}/last.ckpt")
     share_cores(args.devices)
     L.seed_everything(args.seed, verbose=False)
     model = LitGPT(**model_arguments(args), lr=args.lr, weight_decay=args.weight_decay, warmup=args.warmup)
     data = data_module(args)
-    recorder = Recorder(args.out, label(args, model), args.devices, data, args.generate)
+    recorder = Recorder(args.out, label(args, model), args.devices, data, args.generate, args.stop_at)
     # With a version counter, a second run into the same folder would write last-v1.ckpt and leave last.ckpt, which
     # --resume reads, as the first run's.
     checkpoints = ModelCheckpoint(

@@ -33,6 +33,9 @@ from lightning.fabric.utilities.cloud_io import _is_local_file_protocol, get_fil
 from lightning.pytorch.plugins.io.wrapper import _WrappingCheckpointIO
 from typing_extensions import override
 
+from lightning_accel.core.checkpoint.folder import Folder
+from lightning_accel.core.checkpoint.place import require_replaceable
+
 _SUFFIX = ".accel-tmp"
 _CHUNK_BYTES = 2**20
 _ARCHIVE = b"PK\x03\x04"
@@ -60,7 +63,7 @@ class AccelCheckpointIO(TorchCheckpointIO):
 
         Raises:
             TypeError: If there are storage options.
-            ValueError: If the path is a folder.
+            ValueError: If the path is a folder of something else than a checkpoint.
             OSError: If it cannot be written; what was there before still is. Says of a full disk which one it is.
 
         """
@@ -68,11 +71,7 @@ class AccelCheckpointIO(TorchCheckpointIO):
         if target is None or storage_options is not None:
             super().save_checkpoint(checkpoint, path, storage_options)
             return
-        if target.is_dir():
-            raise ValueError(
-                f"Expected the path of a checkpoint file, got the folder {target}. Choose another name, or remove it if"
-                " it is not needed any more."
-            )
+        require_replaceable(Folder(target))  # a directory that another strategy has saved
         with _explained(target):
             target.parent.mkdir(parents=True, exist_ok=True)
             with _replacing(target) as file:
@@ -253,7 +252,10 @@ def _replacing(target: Path) -> Iterator[BinaryIO]:
             yield file
             file.flush()
             os.fsync(file.fileno())
-            os.replace(temporary, target)  # while it is locked
+            if target.is_dir():  # while it is locked
+                Folder(temporary).replace(Folder(target))
+            else:
+                os.replace(temporary, target)
     except BaseException:
         temporary.unlink(missing_ok=True)
         raise

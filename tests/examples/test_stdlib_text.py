@@ -4,7 +4,6 @@ import importlib
 import itertools
 from pathlib import Path
 from types import ModuleType
-from typing import Any
 
 import numpy as np
 import pytest
@@ -48,29 +47,6 @@ def test_one_rank_reads_what_two_ranks_read_together(
         sampler.set_epoch(epoch)
 
     assert list(alone) == list(itertools.chain.from_iterable(zip(*ranks, strict=True)))
-
-
-def test_a_loader_goes_on_behind_the_batches_it_gave(stdlib_text: ModuleType) -> None:
-    windows = stdlib_text.Windows(np.arange(101), block_size=5)
-
-    def loader() -> Any:
-        return stdlib_text.ResumableLoader(windows, batch_size=4, sampler=stdlib_text.EpochShuffle(windows))
-
-    interrupted, resumed = loader(), loader()
-    first = list(itertools.islice(interrupted, 2))
-    resumed.load_state_dict(interrupted.state_dict())
-
-    assert torch.equal(torch.cat([*first, *resumed]), torch.cat(list(loader())))
-    assert len(list(resumed)) == 5, "the epoch after that is a whole one"
-
-
-def test_a_loader_that_gave_all_has_nothing_left_of_the_epoch(stdlib_text: ModuleType) -> None:
-    windows = stdlib_text.Windows(np.arange(101), block_size=5)
-    loader = stdlib_text.ResumableLoader(windows, batch_size=4)
-    # Saved while the last batch of an epoch was in use: Lightning goes on in that epoch, and finds its end.
-    loader.load_state_dict({"taken": len(loader)})
-
-    assert [len(list(loader)) for _ in range(2)] == [0, len(loader)]
 
 
 def test_both_tokenizers_give_the_text_back(stdlib_text: ModuleType, tmp_path: Path) -> None:

@@ -24,6 +24,7 @@ import torch
 from lightning.pytorch.plugins import AsyncCheckpointIO
 from torch import Tensor
 
+from lightning_accel.core.checkpoint import Saver, load
 from lightning_accel.plugins import AccelCheckpointIO
 from lightning_accel.plugins.checkpoint_io import base_of, with_default
 
@@ -146,10 +147,21 @@ def test_a_folder_that_may_not_be_written_to(tmp_path: Path) -> None:
         IO.save_checkpoint(checkpoint(), tmp_path / "file" / "one.ckpt")
 
 
-def test_a_folder_in_its_place(tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match="got the folder"):
-        IO.save_checkpoint(checkpoint(), tmp_path)
-    assert files(tmp_path) == []
+def test_a_folder_of_something_else_in_its_place(tmp_path: Path) -> None:
+    (tmp_path / "notes.txt").touch()
+    with pytest.raises(ValueError, match=r"it is a folder of something else \(notes.txt\)"):
+        IO.save_checkpoint({}, tmp_path)
+    assert files(tmp_path) == ["notes.txt"]
+
+
+def test_a_directory_that_is_a_checkpoint_is_replaced_and_replaces(tmp_path: Path) -> None:
+    path = tmp_path / "last.ckpt"
+    for value in (1, 3):
+        Saver().save(path, {"value": value})
+        assert load(path)["value"] == value
+        IO.save_checkpoint({"value": value + 1}, path)
+        assert torch.load(path, weights_only=True) == {"value": value + 1}
+    assert files(tmp_path) == ["last.ckpt"]
 
 
 class Pausing:

@@ -52,7 +52,7 @@ class Place:
             if found:
                 self._clear(self.final.beside(name), found[1])
         self._require_ours()
-        self._require_checkpoint()
+        require_replaceable(self.final)
         self.temporary.make()
 
     def _clear(self, left: Folder, run: str) -> None:
@@ -79,17 +79,6 @@ class Place:
         if run != self._run and when > _BEGAN and is_alive(run) is not False:
             raise self._not_alone(f"run {run} has done so since this one began ({info.get('created')})")
 
-    def _require_checkpoint(self) -> None:
-        """Raise if there is a folder of something else: it would be deleted."""
-        found = self.final.entries() if self.final.is_folder() else []
-        known = (MANIFEST_FILE, METADATA_FILE, OBJECTS_FILE)
-        if any(name in known for name in found) or all(name.endswith(".distcp") for name in found):
-            return
-        raise ValueError(
-            f"Expected {self.final} to be a checkpoint, which is replaced, or nothing yet; it is a folder of something"
-            f" else ({', '.join(found[:3])}{', …' if len(found) > 3 else ''}). Save elsewhere, or move it away."
-        )
-
     def _not_alone(self, why: str) -> ValueError:
         return ValueError(
             f"Expected one run to write to {self.final}, but {why}. Give each run a folder of its own (dirpath of"
@@ -106,3 +95,20 @@ class Place:
         """Clear away what was written."""
         with contextlib.suppress(OSError):
             self.temporary.remove()
+
+
+def require_replaceable(folder: Folder) -> None:
+    """Raise if there is a folder of something else than a checkpoint: it would be deleted.
+
+    Raises:
+        ValueError: That.
+
+    """
+    found = folder.entries() if folder.is_folder() else []
+    known = (MANIFEST_FILE, METADATA_FILE, OBJECTS_FILE)
+    if any(name in known for name in found) or all(name.endswith(".distcp") for name in found):
+        return
+    raise ValueError(
+        f"Expected {folder} to be a checkpoint, which is replaced, or nothing yet; it is a folder of something"
+        f" else ({', '.join(found[:3])}{', …' if len(found) > 3 else ''}). Save elsewhere, or move it away."
+    )
