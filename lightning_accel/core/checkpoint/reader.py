@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.distributed.checkpoint.metadata import BytesStorageMetadata, Metadata, MetadataIndex, TensorStorageMetadata
+from typing_extensions import override
 
 from lightning_accel.core.checkpoint.boxes import Box
 from lightning_accel.core.checkpoint.folder import Folder
@@ -111,7 +112,7 @@ class Reader:
         for key, kind in self.metadata.state_dict_metadata.items():
             if isinstance(kind, BytesStorageMetadata):
                 info = self._place(MetadataIndex(key))
-                found[tuple(paths.get(key, (key,)))] = self._read(info.relative_path, info.offset, info.length)
+                found[tuple(paths.get(key, (key,)))] = bytes(self._read(info.relative_path, info.offset, info.length))
         return found
 
     def boxes(self, key: str) -> list[Box]:
@@ -133,6 +134,8 @@ class Reader:
         info = self._info(key, box)
         content = self._read(info.relative_path, info.offset, info.length)
         try:
+            if self.manifest is not None:
+                return _values(content, self._tensor(key).properties.dtype, box)
             values = torch.load(io.BytesIO(content), map_location="cpu", weights_only=True)
         except Exception as error:  # any error at all can come of bytes that are something else
             raise ValueError(
@@ -143,15 +146,17 @@ class Reader:
             raise ValueError(f"Expected {key!r} in {self.folder} to have a part of shape {box.sizes}, got another.")
         return values
 
-    def _read(self, name: str, offset: int, length: int) -> bytes:
+    def _read(self, name: str, offset: int, length: int) -> bytearray:
+        content = bytearray(length)
+        stream: Any
         with self.folder.open(name) as stream:
             stream.seek(offset)
-            content = stream.read(length)
-            while len(content) < length:  # unbuffered reads may be short
-                more = stream.read(length - len(content))
-                if not more:
+            rest = memoryview(content)
+            while rest:  # unbuffered reads may be short
+                read = stream.readinto(rest)
+                if not read:
                     raise ValueError(f"Expected {self.folder}/{name} to have {offset + length} bytes, but it ended.")
-                content += more
+                rest = rest[read:]
         self.bytes_read += length
         if self.manifest is not None:
             expected = self.manifest.files[name].chunks.get(offset)
@@ -228,3 +233,45 @@ def load_objects(content: bytes, where: str, *, weights_only: bool) -> Any:
         if not weights_only:
             raise
         raise ValueError(f"Expected {where} to hold what torch.save has written, but it could not be read.") from error
+
+
+def _values(content: bytearray, dtype: torch.dtype, box: Box) -> Tensor:
+    """The values of a chunk that this package has written, which are end to end: where they lie, not a copy of them."""
+    if box.numel == 0:
+        return torch.empty(box.sizes, dtype=dtype)
+    # torch.load would copy them, so that there would be two of the chunk in memory at a time.
+    archive = torch._C.PyTorchFileReader(_Window(content))
+    start = archive.get_record_offset("data/0")
+    return torch.frombuffer(content, dtype=dtype, count=box.numel, offset=start).reshape(box.sizes)
+
+
+class _Window(io.RawIOBase):
+    """A stream of bytes that are there already."""
+
+    def __init__(self, content: bytearray) -> None:
+        self._content = memoryview(content)
+        self._position = 0
+
+    @override
+    def readable(self) -> bool:
+        return True
+
+    @override
+    def seekable(self) -> bool:
+        return True
+
+    @override
+    def readinto(self, buffer: Any) -> int:
+        piece = self._content[self._position : self._position + len(buffer)]
+        buffer[: len(piece)] = piece
+        self._position += len(piece)
+        return len(piece)
+
+    @override
+    def seek(self, offset: int, whence: int = io.SEEK_SET) -> int:
+        self._position = offset + {io.SEEK_SET: 0, io.SEEK_CUR: self._position, io.SEEK_END: len(self._content)}[whence]
+        return self._position
+
+    @override
+    def tell(self) -> int:
+        return self._position

@@ -156,8 +156,11 @@ def _digest(part: Part) -> bytes:
 
 
 def _alone(part: Tensor) -> Tensor:
-    """A chunk on the CPU whose memory holds nothing else: torch.save writes all of the memory behind a tensor."""
-    values = part.detach().to("cpu").contiguous()
+    """A chunk on the CPU whose memory holds its values end to end and nothing else.
+
+    torch.save writes all of the memory behind a tensor, and our reader looks at nothing but that.
+    """
+    values = part.detach().to("cpu").resolve_conj().resolve_neg().contiguous()
     storage = values.untyped_storage()
     if storage.nbytes() == values.nbytes:
         return values

@@ -72,6 +72,16 @@ def test_what_is_saved_is_loaded(folder: Path) -> None:
     assert {entry.name for entry in folder.iterdir()} == {DATA_FILE, METADATA_FILE, OBJECTS_FILE, MANIFEST_FILE}
 
 
+def test_a_chunk_is_in_memory_once(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    stored = Reader(folder).tensors()["state_dict", "b"]
+
+    def copy(*_: Any, **__: Any) -> Any:
+        raise AssertionError("torch.load copies the bytes that were read")
+
+    monkeypatch.setattr(torch, "load", copy)
+    assert torch.equal(stored.full(), NEST["state_dict"]["b"])
+
+
 def test_what_is_one_tensor_is_one_tensor_again(tmp_path: Path) -> None:
     w = torch.randn(300, 100)
     save(tmp_path / "it", {"a": {"w": w, "v": w[:200]}, "b": [w], "c": w.view(-1)})
