@@ -8,7 +8,7 @@ import pickle
 import re
 import zlib
 from collections.abc import Sequence
-from typing import Any
+from typing import IO, Any, cast
 
 import torch
 from torch import Tensor
@@ -240,7 +240,7 @@ def _values(content: bytearray, dtype: torch.dtype, box: Box) -> Tensor:
     if box.numel == 0:
         return torch.empty(box.sizes, dtype=dtype)
     # torch.load would copy them, so that there would be two of the chunk in memory at a time.
-    archive = torch._C.PyTorchFileReader(_Window(content))
+    archive: Any = torch._C.PyTorchFileReader(cast("IO[bytes]", _Window(content)))
     start = archive.get_record_offset("data/0")
     return torch.frombuffer(content, dtype=dtype, count=box.numel, offset=start).reshape(box.sizes)
 
