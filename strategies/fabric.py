@@ -8,6 +8,7 @@ from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack, nullcontext
 from dataclasses import replace
 from datetime import timedelta
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
@@ -28,7 +29,7 @@ from typing_extensions import override
 
 from lightning_accel.core import Engine, GradScaler, Rest
 from lightning_accel.core.checkpoint import is_directory, load
-from lightning_accel.core.checkpoint.engine_state import load_model, model_shards, optimizer_shards
+from lightning_accel.core.checkpoint.engine_state import load_model, model_shards, optimizer_shards, prepare_model
 from lightning_accel.core.dtypes import Dtypes
 from lightning_accel.core.materialise import InitFn
 from lightning_accel.core.offload import OffloadKind, require_offload
@@ -41,6 +42,7 @@ from lightning_accel.plugins.precision import engine_optimizer, require_known_sc
 from lightning_accel.strategies.checkpoints import Checkpoints, StateDictType, only_one
 from lightning_accel.strategies.compact import compact
 from lightning_accel.strategies.files import detached, in_memory, loaded_for, require_intact
+from lightning_accel.strategies.fitting import prepare_all
 from lightning_accel.strategies.fsdp import SHARDINGS, row_of_sharding
 from lightning_accel.strategies.options import EngineOptions, Recomputed, reject_unknown, to_device
 from lightning_accel.strategies.trainer import START_METHODS
@@ -358,8 +360,7 @@ class AccelFabricStrategy(DDPStrategy):
     @override
     def load_module_state_dict(self, module: nn.Module, state_dict: dict[str, Any], strict: bool = True) -> None:
         """Load into the user's module."""
-        engine = module.engine if isinstance(module, EngineModule) and not module.engine.is_closed else None
-        load_model(_inner(module), state_dict, strict=strict, engine=engine)
+        load_model(_inner(module), state_dict, strict=strict, engine=_engine_of(module))
 
     @override
     def save_checkpoint(
@@ -422,26 +423,43 @@ class AccelFabricStrategy(DDPStrategy):
             require_intact(self.checkpoint_io, path, is_first=self.is_global_zero)
             loaded = super().load_checkpoint(path, weights_only=weights_only)
         if isinstance(state, (nn.Module, Optimizer)):
-            self._give(state, only_one(loaded, state), strict)
+            (load_it,) = prepare_all([partial(self._prepare, state, only_one(loaded, state), strict)])
+            load_it()
             return {}
         if state:
             _validate_keys_for_strict_loading(state, loaded, strict=strict)
-            for name in [name for name in state if name in loaded]:
-                state[name] = self._give(state[name], loaded.pop(name), strict)
+            names = [name for name in state if name in loaded]
+            ready = prepare_all([partial(self._prepare, state[name], loaded.pop(name), strict) for name in names])
+            for name, load_it in zip(names, ready, strict=True):
+                state[name] = load_it()
         remainder: dict[str, Any] = in_memory(loaded)
         return remainder
 
-    def _give(self, receiver: Any, value: Any, strict: bool) -> Any:
-        """Load a value into what has a state; returns what is in its place then. See [Note: what stays in a file]."""
+    def _prepare(self, receiver: Any, value: Any, strict: bool) -> Callable[[], Any]:
+        """Find out whether a value fits what is to load it, as far as that can be told.
+
+        Returns:
+            What loads it, and returns what is in the receiver's place then. See [Note: what stays in a file].
+
+        """
+        load_it: Callable[[], Any]
+        added = engine_optimizer(receiver) if isinstance(receiver, Optimizer) else None
         if isinstance(receiver, nn.Module):
-            self.load_module_state_dict(receiver, value, strict=strict)
-        elif isinstance(receiver, Optimizer):
-            receiver.load_state_dict(loaded_for(receiver, value))
-        elif isinstance(receiver, _Stateful):
-            receiver.load_state_dict(in_memory(value))
+            load_it = prepare_model(_inner(receiver), value, strict=strict, engine=_engine_of(receiver))
+        elif added is not None:
+            load_it = added.prepare_load(loaded_for(receiver, value))
+        elif isinstance(receiver, _Stateful):  # other optimizers, too
+
+            def load_it() -> None:
+                receiver.load_state_dict(in_memory(value))
         else:
-            return in_memory(value)
-        return receiver
+            return partial(in_memory, value)
+
+        def load() -> Any:
+            load_it()
+            return receiver
+
+        return load
 
     # --------------------------------------------------------------------- end
 
@@ -587,6 +605,10 @@ def _collected(module: nn.Module) -> AbstractContextManager[bool]:
     if isinstance(module, EngineModule) and not module.engine.is_closed:
         return module.engine.collected_parameters()
     return nullcontext(True)
+
+
+def _engine_of(module: nn.Module) -> Engine | None:
+    return module.engine if isinstance(module, EngineModule) and not module.engine.is_closed else None
 
 
 def _inner(module: nn.Module) -> nn.Module:

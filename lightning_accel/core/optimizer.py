@@ -31,6 +31,7 @@ from lightning_accel.core.gradients import RestingGradients
 from lightning_accel.core.loss_weight import Window
 from lightning_accel.core.placement import Rest
 from lightning_accel.core.segment import Segment
+from lightning_accel.core.unanimous import on_all_ranks
 from lightning_accel.core.unit import Content, Unit
 
 if TYPE_CHECKING:
@@ -493,22 +494,37 @@ class EngineOptimizer:
         called by their names instead of torch's numbers, as checkpoint directories do.
 
         Raises:
+            ValueError: If it does not fit; everything that does not is listed, and nothing was changed.
+
+        """
+        self.prepare_load(state_dict)()
+
+    def prepare_load(self, state_dict: dict[str, Any]) -> Callable[[], None]:
+        """The first half of ``load_state_dict``, which changes nothing: it finds out whether the state fits.
+
+        Returns:
+            The second half, which loads it.
+
+        Raises:
             ValueError: If it does not fit; everything that does not is listed.
 
         """
-        if self.direct:
-            self._original_load(optimizer_state.by_number(self, state_dict))
-            return
-        self.refresh()
-        self.engine.build()
+        if not self.direct:
+            self.refresh()
+            self.engine.build()
         if self.sharded:
             given = self.engine.collectives.gather_objects(bool(state_dict))
             if any(given) and not all(given):  # as state_dict() gives it: on one rank only
                 source = given.index(True)
                 mine = state_dict if self.engine.collectives.rank == source else None
                 state_dict = self.engine.collectives.gather_objects(mine)[source]
-        state_dict = optimizer_state.by_number(self, state_dict)
-        optimizer_state.require_fit(self, state_dict)
+        fitting = optimizer_state.by_number(self, state_dict)
+        if not self.direct or "param_groups" in fitting:  # else of a format of the optimizer's own
+            optimizer_state.require_fit(self, fitting)
+        return functools.partial(self._original_load if self.direct else self._load, fitting)
+
+    def _load(self, state_dict: dict[str, Any]) -> None:
+        """Load a state that fits."""
         parameters = list(self.parameters())
         saved = state_dict["state"]
         state = {parameters[index]: values for index, values in saved.items() if isinstance(index, int)}
@@ -519,13 +535,20 @@ class EngineOptimizer:
                 group.setdefault("bias_correction", self.optimizer.defaults["bias_correction"])
         self._members = self._current_members()
         placed = {parameter for unit in self._units for parameter in unit.parameters}
-        # Copies: what was loaded may be a file that is looked into.
-        self.waiting_state = {
-            p: {key: optimizer_state.copied(value) for key, value in values.items()}
-            for p, values in state.items()
-            if p not in placed
-        }
-        self.segments = optimizer_state.scatter(self, state, self.segments)
+
+        def load() -> None:
+            # Copies: what was loaded may be a file that is looked into.
+            self.waiting_state = {
+                p: {key: optimizer_state.copied(value) for key, value in values.items()}
+                for p, values in state.items()
+                if p not in placed
+            }
+            self.segments = optimizer_state.scatter(self, state, self.segments)
+
+        if self.sharded:
+            on_all_ranks(load, self.engine.collectives)
+        else:
+            load()
 
 
 def _may_be_fused(group: dict[str, Any]) -> bool:

@@ -18,6 +18,7 @@ from lightning_accel.core.checkpoint.recorder import Copies, recorded
 from lightning_accel.core.checkpoint.shard import Shard, ranged
 from lightning_accel.core.checkpoint.stored import StoredTensor, fill_from
 from lightning_accel.core.placement import Rest
+from lightning_accel.core.unanimous import on_all_ranks
 
 if TYPE_CHECKING:
     from lightning_accel.core.engine import Engine
@@ -103,6 +104,28 @@ def load_model(
 
     Raises:
         RuntimeError: If names are missing or unexpected, or shapes differ: all are listed, and nothing was changed.
+        ValueError: On all ranks, if any of them finds a file damaged. Some values may have been loaded then.
+
+    """
+    return prepare_model(module, state, strict=strict, engine=engine)()
+
+
+def prepare_model(
+    module: nn.Module, state: Mapping[str, Any], *, strict: bool = True, engine: Engine | None = None
+) -> Callable[[], Any]:
+    """The first half of ``load_model``, which changes nothing: it finds out whether the state fits.
+
+    Args:
+        module: As ``load_model``, likewise the others.
+        state: Values by name.
+        strict: Raise if names are missing or unexpected.
+        engine: The engine that has the module's parameters.
+
+    Returns:
+        The second half, which loads the values and returns what ``load_model`` does.
+
+    Raises:
+        RuntimeError: If names are missing or unexpected, or shapes differ: all are listed.
 
     """
     parameters = {name for name, _ in module.named_parameters(remove_duplicate=False)}
@@ -111,11 +134,20 @@ def load_model(
         name: value.full() if isinstance(value, StoredTensor) and name not in parameters else value
         for name, value in state.items()
     }
-    with recorded(module) as copies:
+    with recorded(module) as found:
         result = module.load_state_dict(given, strict=strict)
-    with _changing(engine):
-        _apply(copies, engine)
-    return result
+
+    def load() -> Any:
+        with _changing(engine):
+            if engine is None:
+                _apply(found.copies, None)
+            else:
+                on_all_ranks(lambda: _apply(found.copies, engine), engine.collectives)
+        for part, value in found.extra:
+            part.set_extra_state(value)
+        return result
+
+    return load
 
 
 @contextmanager
@@ -130,7 +162,11 @@ def _changing(engine: Engine | None) -> Iterator[None]:
 
 def _apply(copies: Copies, engine: Engine | None) -> None:
     places = engine.places if engine is not None else {}
+    last: dict[Tensor, Tensor] = {}
     for target, source in copies:
+        if isinstance(source, StoredTensor) and last.get(target) is source:
+            continue  # what is tied, under another of its names: it would be read again
+        last[target] = source
         if isinstance(target, nn.Parameter) and target in places:
             unit, position = places[target]
             fill_part(unit, position, unit.memory.mine, source)

@@ -1,20 +1,34 @@
 """Finds out what a module's ``load_state_dict`` would copy where, without copying anything.
 
 While it runs, parameters and buffers have stand-ins, which note what is copied into them. So names are changed, keys
-are checked and shapes compared by the module's own code and hooks, whatever these are; only the values wait.
+are checked and shapes compared by the module's own code and hooks, whatever these are; only the values wait. So does
+extra state, which modules take in by a method of their own.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+_EXTRA = "set_extra_state"
+
 Copies = list[tuple[Tensor, Tensor]]
 """Parameters and buffers, and what is to be copied into them, in order."""
+
+
+@dataclass
+class Recorded:
+    """What a module's ``load_state_dict`` would change."""
+
+    copies: Copies = field(default_factory=list)
+    extra: list[tuple[nn.Module, Any]] = field(default_factory=list)
+    """Modules, and what their ``set_extra_state`` is to be called with."""
 
 
 class _StandIn(Tensor):
@@ -55,11 +69,12 @@ class _StandIn(Tensor):
 
 
 @contextmanager
-def recorded(module: nn.Module) -> Iterator[Copies]:
-    """Within it, what is copied into the module's parameters and buffers is noted instead."""
-    copies: Copies = []
+def recorded(module: nn.Module) -> Iterator[Recorded]:
+    """Within it, what would be changed is noted instead."""
+    found = Recorded()
     stand_ins: dict[Tensor, _StandIn] = {}
     changed: list[tuple[dict[str, Any], str, Tensor]] = []
+    silenced: list[nn.Module] = []
     try:
         for part in module.modules():
             both: tuple[dict[str, Any], ...] = (part._parameters, part._buffers)
@@ -67,8 +82,17 @@ def recorded(module: nn.Module) -> Iterator[Copies]:
                 for name, tensor in list(entries.items()):
                     if tensor is not None and not nn.parameter.is_lazy(tensor):
                         changed.append((entries, name, tensor))
-                        entries[name] = stand_ins.setdefault(tensor, _StandIn(tensor, copies))
-        yield copies
+                        entries[name] = stand_ins.setdefault(tensor, _StandIn(tensor, found.copies))
+            if type(part).set_extra_state is not nn.Module.set_extra_state and _EXTRA not in vars(part):
+                silenced.append(part)
+                vars(part)[_EXTRA] = partial(_note, found, part)
+        yield found
     finally:
         for entries, name, tensor in changed:
             entries[name] = tensor
+        for part in silenced:
+            del vars(part)[_EXTRA]
+
+
+def _note(found: Recorded, part: nn.Module, state: Any) -> None:
+    found.extra.append((part, state))
