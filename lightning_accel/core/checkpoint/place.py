@@ -5,6 +5,9 @@ A run that is killed while it saves leaves its temporary folder behind. Its name
 saves there next knows whether that run is still alive: then two runs write to one place, which is an error; else the
 folder is cleared away. Of a run on another machine it is not known; it counts as alive if the folder changes while it
 is looked at. Runs of the same job that was requeued must not be kept from saving by what it has left elsewhere.
+
+What is left of checkpoints with other names, which may never be saved again, is deleted as well if its run was on this
+machine and has ended; of any other run it stays. So does what is complete, if that checkpoint is not there without it.
 """
 
 from __future__ import annotations
@@ -21,6 +24,8 @@ from lightning_accel.core.checkpoint.reader import OBJECTS_FILE
 from lightning_accel.core.checkpoint.run import is_alive
 
 _BEGAN = time.time()
+_TEMPORARY = re.compile(r"\.(.+)\.([0-9a-f-]+)\.tmp(?:\.old)?")
+"""Names of temporary folders: of which checkpoint, and whose."""
 _WATCH_S = 10.0
 """For so long a folder is looked at that a run on another machine may be writing to."""
 
@@ -36,7 +41,7 @@ class Place:
 
     def __init__(self, path: str | os.PathLike[str], run: str) -> None:
         self.final = Folder(path)
-        self.temporary = self.final.beside(f".{self.final.name}.{run}.tmp")
+        self.temporary = self.final.beside(f".{self.final.name}.{run}.tmp")  # as in _TEMPORARY
         """Where it is written."""
         self._run = run
 
@@ -48,9 +53,12 @@ class Place:
 
         """
         for name in self.final.siblings():
-            found = re.fullmatch(re.escape(f".{self.final.name}.") + r"([0-9a-f-]+)\.tmp(?:\.old)?", name)
-            if found:
-                self._clear(self.final.beside(name), found[1])
+            if found := _TEMPORARY.fullmatch(name):
+                left, of, run = self.final.beside(name), found[1], found[2]
+                if of == self.final.name:
+                    self._clear(left, run)
+                elif is_alive(run) is False:
+                    _discard(left, self.final.beside(of))
         self._require_ours()
         require_replaceable(self.final)
         self.temporary.make()
@@ -112,3 +120,10 @@ def require_replaceable(folder: Folder) -> None:
         f"Expected {folder} to be a checkpoint, which is replaced, or nothing yet; it is a folder of something"
         f" else ({', '.join(found[:3])}{', …' if len(found) > 3 else ''}). Save elsewhere, or move it away."
     )
+
+
+def _discard(left: Folder, final: Folder) -> None:
+    """Delete what a run that has ended has left of a checkpoint, unless it is all that there is of it."""
+    if left.size(MANIFEST_FILE) is None or final.exists():
+        with contextlib.suppress(OSError):  # somebody else has, or may not: no reason not to save
+            left.remove()

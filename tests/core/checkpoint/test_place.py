@@ -99,11 +99,39 @@ def test_what_dead_runs_have_left_is_cleared_away(dead: str, whose: str, suffix:
     assert names(tmp_path) == ["it"]
 
 
-def test_what_others_leave_is_none_of_its_business(dead: str, tmp_path: Path) -> None:
-    kept = [leave(tmp_path / name, dead, 2).name for name in ("it.also", "other", "it.also.it")]
-    (tmp_path / ".it.notes.tmp").mkdir()
+@pytest.mark.parametrize("suffix", ["tmp", "tmp.old"])
+def test_what_dead_runs_have_left_of_other_checkpoints_is_cleared_away(dead: str, suffix: str, tmp_path: Path) -> None:
+    for name in ("it.also", "other", "it.also.it", "step=1.ckpt"):
+        leave(tmp_path / name, dead, 2, suffix=suffix)
+    leave(tmp_path / "kept", dead, 2, complete=True, suffix=suffix)
+    write(tmp_path / "kept", 1)  # it is there without that
+    leave(tmp_path / "kept", dead, 2, complete=True, suffix=suffix)
     write(tmp_path / "it")
-    assert names(tmp_path) == sorted([*kept, ".it.notes.tmp", "it"])
+    assert names(tmp_path) == ["it", "kept"]
+    assert number(tmp_path / "kept") == 1
+
+
+def test_what_may_be_needed_of_other_checkpoints_stays(alive: str, dead: str, tmp_path: Path) -> None:
+    kept = [leave(tmp_path / "other", run, 2).name for run in (alive, this_run(), ELSEWHERE)]
+    kept.append(leave(tmp_path / "all_there_is", dead, 2, complete=True).name)
+    for name in (".it.notes.tmp", f"it.{dead}.tmp", f".it.{dead}.tmp.new", f".{dead}.tmp", ".other.abc.tmp"):
+        (tmp_path / name).mkdir()
+        kept.append(name)
+    write(tmp_path / "it")
+    assert names(tmp_path) == sorted([*kept, "it"])
+
+
+def test_what_cannot_be_cleared_away_is_no_reason_not_to_save(
+    dead: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    left = leave(tmp_path / "other", dead, 2)
+
+    def refuse(self: Folder) -> None:
+        raise PermissionError("it is another user's")
+
+    monkeypatch.setattr(Folder, "remove", refuse)
+    write(tmp_path / "it")
+    assert names(tmp_path) == sorted([left.name, "it"])
 
 
 @pytest.mark.parametrize("suffixes", [["tmp"], ["tmp.old"], ["tmp", "tmp.old"]])
