@@ -20,7 +20,8 @@ def prepare_all(firsts: Iterable[Callable[[], T]]) -> list[T]:
         The second halves, in the same order.
 
     Raises:
-        Exception: On all ranks, if anything does not fit: all that does not is listed.
+        Exception: On all ranks, if something does not fit: what it says itself; a ValueError or RuntimeError that lists
+            all if there are several.
 
     """
     ready: list[T] = []
@@ -33,7 +34,8 @@ def prepare_all(firsts: Iterable[Callable[[], T]]) -> list[T]:
 
     def require_none() -> None:
         if len(failures) > 1:
-            raise type(failures[0])("\n".join(map(str, failures)))
+            kind = ValueError if all(isinstance(failure, ValueError) for failure in failures) else RuntimeError
+            raise kind("\n".join(map(str, failures)))
         if failures:
             raise failures[0]
 

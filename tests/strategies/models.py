@@ -216,7 +216,7 @@ class ArriveLate(pl.Callback):
 class SaveAtEnd(pl.Callback):
     """Saves to one file, over what is there, at the end of each epoch."""
 
-    def __init__(self, path: Path) -> None:
+    def __init__(self, path: Path | str) -> None:
         self.path = path
 
     def on_train_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:

@@ -1,8 +1,9 @@
-"""Checkpoints at URLs: fsspec's memory, which is one process's own."""
+"""Checkpoints at URLs: fsspec's memory, which is one process's own, and files, which ranks share."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import fsspec
@@ -10,7 +11,7 @@ import pytest
 import torch
 from lightning.fabric import Fabric
 from lightning.pytorch.callbacks import ModelCheckpoint
-from models import Net, Regression, assert_close, loader, trainer, values
+from models import Net, Regression, SaveAtEnd, assert_close, loader, trainer, values
 from torch import Tensor
 
 from harness import Ranks
@@ -64,10 +65,27 @@ def fit_and_resume(options: dict[str, Any]) -> tuple[dict[str, Tensor], dict[str
 @pytest.mark.parametrize(
     "options", [{}, {"async_save": True}, {"state_dict_type": "full"}], ids=["sharded", "async", "full"]
 )
-def test_a_trainer_saves_to_a_url_and_resumes_from_it(ranks1: Ranks, options: dict[str, Any]) -> None:
+def test_a_trainer_saves_to_memory_and_resumes_from_it(ranks1: Ranks, options: dict[str, Any]) -> None:
     ((resumed, straight, found),) = ranks1.run(fit_and_resume, options)
     assert found == ["by_hand.ckpt", "epoch=1.ckpt", "last.ckpt"]
     assert_close(resumed, straight)
+
+
+def resume_from_files(path: str, options: dict[str, Any]) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+    trainer(AccelFSDPStrategy(**options), max_epochs=2, callbacks=[SaveAtEnd(path)]).fit(Regression(), loader())
+    again, straight = Regression(seed=1), Regression()
+    trainer(AccelFSDPStrategy(**options), max_epochs=3).fit(again, loader(), ckpt_path=path)
+    trainer(AccelFSDPStrategy(), max_epochs=3).fit(straight, loader())
+    return values(again), values(straight)
+
+
+@pytest.mark.parametrize("options", [{}, {"async_save": True}], ids=["sharded", "async"])
+def test_ranks_save_to_a_url_of_files_and_resume_from_it(
+    ranks2: Ranks, options: dict[str, Any], tmp_path: Path
+) -> None:
+    for resumed, straight in ranks2.run(resume_from_files, f"file://{tmp_path}/deep/it.ckpt", options):
+        assert_close(resumed, straight)
+    assert entries(f"file://{tmp_path}/deep") == ["it.ckpt"]
 
 
 def fabric_saves_and_loads(strategy: str) -> tuple[dict[str, Tensor], dict[str, Tensor], Any]:

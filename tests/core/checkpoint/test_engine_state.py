@@ -9,7 +9,6 @@ from typing import Any
 
 import pytest
 import torch
-import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.checkpoint.metadata import MetadataIndex, TensorStorageMetadata
 
@@ -349,33 +348,41 @@ def test_extra_state_waits_until_all_fits() -> None:
 # --------------------------------------------------------------------------------- damage
 
 
-def load_damaged(path: Path, what: str) -> str:
-    engine, made = make_engine("fsdp", Net, adamw)
-    nest = load_nest(path)
+def load_damaged(row: str, folder: Path, what: str) -> tuple[str, dict[str, Any]]:
+    """The error, and what there is when a good checkpoint was loaded after it."""
+    engine, made = make_engine(row, Net, adamw, shift=3.0)
+    nest = load_nest(folder / "bad")
     with pytest.raises(ValueError, match="damaged") as caught:
         {
             "model": lambda: load_model(engine.module, nest["state_dict"], engine=engine),
             "optimizer": lambda: made[0].load_state_dict(nest["optimizer_states"][0]),
         }[what]()
-    dist.barrier()  # no rank waits for another
-    engine.close(abandon=True)
-    return str(caught.value)
+    load(engine, made, folder / "good")
+    found = snapshot(engine, made)
+    train(engine, made, 1)
+    engine.close()
+    return str(caught.value), found
 
 
+@pytest.mark.parametrize("row", ["zero2", "fsdp"])
 @pytest.mark.parametrize("what", ["model", "optimizer"])
-def test_damage_that_one_rank_finds_is_an_error_on_all(ranks2: Ranks, what: str, tmp_path: Path) -> None:
-    ranks2.run(write, "fsdp", Net, adamw, tmp_path / "it", {})
-    own = {read for read, (_, _) in chunks_of(tmp_path / "it").items() if read[0] == "__1_0.distcp"}
-    file = tmp_path / "it/__1_0.distcp"
+def test_damage_that_one_rank_finds_is_an_error_on_all_and_they_can_take_another(
+    ranks2: Ranks, what: str, row: str, tmp_path: Path
+) -> None:
+    expected = ranks2.run(write, row, Net, adamw, tmp_path / "good", {})[0]
+    ranks2.run(write, row, Net, adamw, tmp_path / "bad", {})
+    file = tmp_path / "bad/__1_0.distcp"
     content = bytearray(file.read_bytes())
-    for _, offset, length in own:
-        content[offset + length // 2] ^= 1
+    for name, offset, length in chunks_of(tmp_path / "bad"):
+        if name == file.name:
+            content[offset + length // 2] ^= 1
     file.write_bytes(content)
-    first, second = ranks2.run(load_damaged, tmp_path / "it", what)
+    (first, found), (second, same) = ranks2.run(load_damaged, row, tmp_path, what)
     assert first.startswith("rank 1 has failed: ValueError")
     assert "__1_0.distcp" in first
     assert "__1_0.distcp" in second
     assert "rank 1 has failed" not in second
+    assert differences(found, expected) == differences(same, expected) == []
 
 
 def test_what_a_hook_has_kept_is_loaded_as_it_is(ranks2: Ranks, tmp_path: Path) -> None:
