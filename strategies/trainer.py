@@ -29,7 +29,7 @@ from typing_extensions import override
 from lightning_accel.core import Engine, GradScaler, Rest
 from lightning_accel.core.agreement import synchronise
 from lightning_accel.core.checkpoint import StoredTensor, is_directory, load
-from lightning_accel.core.checkpoint.engine_state import model_shards, optimizer_shards, prepare_model
+from lightning_accel.core.checkpoint.engine_state import load_model, model_shards, optimizer_shards
 from lightning_accel.core.dtypes import Dtypes
 from lightning_accel.core.materialise import InitFn, has_meta
 from lightning_accel.core.offload import OffloadKind, require_offload
@@ -454,12 +454,6 @@ class AccelStrategy(DDPStrategy):
         trainer = None if module is None else module._trainer
         return trainer is not None and trainer.state.status == TrainerStatus.INTERRUPTED
 
-    @property
-    def _is_fitting(self) -> bool:
-        module = self.lightning_module
-        trainer = None if module is None else module._trainer
-        return trainer is not None and trainer.state.fn == TrainerFn.FITTING
-
     def _end_soon(self, grace_s: float = _GRACE_S) -> None:
         self._failed = True
         if isinstance(self._launcher, _SubprocessScriptLauncher):
@@ -512,16 +506,11 @@ class AccelStrategy(DDPStrategy):
 
     @override
     def load_model_state_dict(self, checkpoint: Mapping[str, Any], strict: bool = True) -> None:
-        """Load the model's values: of a model that is to rest in parts when it has been set up and has its memory.
-
-        Then there are optimizers, too: if their state does not fit, nothing is loaded. In the other case Lightning has
-        the model loaded before it makes them, and callbacks may have changed it when they are loaded.
-        """
+        """Load the model's values: of a model that is to rest in parts when it has been set up and has its memory."""
         stored = any(isinstance(value, StoredTensor) for value in checkpoint["state_dict"].values())
         later = stored and self.row.parameters is Rest.SHARDED and not self._was_set_up and not self._open_engines()
         if self.lightning_module is not None and (later or has_meta(self.lightning_module)):
-            wanted = ("state_dict", "optimizer_states")
-            self._awaited = {key: checkpoint[key] for key in wanted if key in checkpoint}, strict
+            self._awaited = {"state_dict": checkpoint["state_dict"]}, strict
             return
         assert self.lightning_module is not None
         engines = self._open_engines()
@@ -529,35 +518,8 @@ class AccelStrategy(DDPStrategy):
             with self._whole(writeback=True):
                 super().load_model_state_dict(checkpoint, strict)
             return
-        engine, state = engines[0] if engines else None, checkpoint["state_dict"]
-        firsts: list[Callable[[], Any]] = [
-            partial(prepare_model, self.lightning_module, state, strict=strict, engine=engine)
-        ]
-        if self._was_set_up and self._is_fitting and "optimizer_states" in checkpoint:
-            firsts += self._preparing_optimizers(checkpoint["optimizer_states"])
-        load_it, *_ = prepare_all(firsts)
-        load_it()
-
-    def _preparing_optimizers(self, states: list[Any]) -> list[Callable[[], Any]]:
-        """The first halves of loading the optimizers' state, for ``prepare_all``."""
-
-        def refuse() -> None:
-            raise ValueError(
-                f"Expected a checkpoint with the state of {len(self.optimizers)} optimizers, got that of {len(states)}."
-                " It was made with another configure_optimizers."
-            )
-
-        if len(states) != len(self.optimizers):
-            return [refuse]
-        pairs = zip(map(engine_optimizer, map(_unwrap, self.optimizers)), states, strict=True)
-        return [partial(added.prepare_load, state) for added, state in pairs if added is not None]
-
-    @override
-    def load_optimizer_state_dict(self, checkpoint: Mapping[str, Any]) -> None:
-        states = checkpoint["optimizer_states"]
-        prepare_all(self._preparing_optimizers(states))
-        states = [loaded_for(optimizer, state) for optimizer, state in zip(self.optimizers, states, strict=True)]
-        super().load_optimizer_state_dict({"optimizer_states": states})
+        engine = engines[0] if engines else None
+        load_model(self.lightning_module, checkpoint["state_dict"], strict=strict, engine=engine)
 
     @override
     def optimizer_state(self, optimizer: Optimizer) -> dict[str, Any]:
@@ -570,6 +532,21 @@ class AccelStrategy(DDPStrategy):
         if self._checkpoints.are_sharded and added is not None:
             return optimizer_shards(added)
         return _unwrap(optimizer).state_dict()
+
+    @override
+    def load_optimizer_state_dict(self, checkpoint: Mapping[str, Any]) -> None:
+        """Load the state of all optimizers, or of none if that of one does not fit."""
+        states = checkpoint["optimizer_states"]
+        if len(states) != len(self.optimizers):
+            raise ValueError(
+                f"Expected a checkpoint with the state of {len(self.optimizers)} optimizers, got that of {len(states)}."
+                " It was made with another configure_optimizers."
+            )
+        added = [engine_optimizer(_unwrap(optimizer)) for optimizer in self.optimizers]
+        pairs = zip(added, states, strict=True)
+        prepare_all([partial(ours.prepare_load, state) for ours, state in pairs if ours is not None])
+        states = [loaded_for(optimizer, state) for optimizer, state in zip(self.optimizers, states, strict=True)]
+        super().load_optimizer_state_dict({"optimizer_states": states})
 
     @override
     def save_checkpoint(self, checkpoint: dict[str, Any], filepath: Any, storage_options: Any | None = None) -> None:
