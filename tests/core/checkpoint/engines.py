@@ -152,11 +152,11 @@ class _Watched:
     def seek(self, offset: int) -> None:
         self._stream.seek(offset)
 
-    def read(self, length: int) -> bytes:
+    def readinto(self, buffer: Any) -> int:
         start = self._stream.tell()
-        content: bytes = self._stream.read(length)
-        self._reads.append((self._name, start, len(content)))
-        return content
+        length: int = self._stream.readinto(buffer)
+        self._reads.append((self._name, start, length))
+        return length
 
 
 @contextmanager
