@@ -69,7 +69,8 @@ def plot(path: Path, resumed: dict[int, float], whole: dict[int, float], steps: 
         its = [step for step in resumed if number * steps < step <= (number + 1) * steps]
         losses.plot(its, [resumed[step] for step in its], color=colour, linewidth=1, label=str(part))
         distance.plot(its, [max(1e-9, abs(resumed[step] - whole[step])) for step in its], color=colour, linewidth=1)
-        losses.axvline((number + 1) * steps, color="#a1a1aa", linewidth=0.8, linestyle=":")
+        if number:
+            losses.axvline(number * steps, color="#a1a1aa", linewidth=0.8, linestyle=":")
     distance.set_yscale("log")
     distance.set_ylabel("difference")
     distance.set_xlabel("optimizer steps")

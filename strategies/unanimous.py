@@ -1,12 +1,13 @@
-"""What fails on one rank fails on all: none may go on, or wait for one that does not come."""
+"""`lightning_accel.core.unanimous` for all processes that Lightning has started."""
 
 from __future__ import annotations
 
-import builtins
 from collections.abc import Callable
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import torch.distributed as dist
+
+from lightning_accel.core import unanimous as core
 
 T = TypeVar("T")
 
@@ -22,24 +23,15 @@ def unanimous(doing: str, action: Callable[[], T]) -> T:
         What the action returns on this rank.
 
     Raises:
-        Exception: What the action has raised on this rank, or else one of the same kind (a RuntimeError, if it is not
-            one of Python's own) that says which rank has failed, and why.
+        Exception: As in the core.
 
     """
-    failure: Exception | None = None
-    try:
-        result = action()
-    except Exception as error:
-        failure = error
-    told: list[tuple[str, str] | None] = [None if failure is None else (type(failure).__name__, str(failure))]
-    if dist.is_available() and dist.is_initialized():
-        mine = told * 1
-        told = told * dist.get_world_size()
-        dist.all_gather_object(told, mine[0])
-    if failure is not None:
-        raise failure
-    for rank, answer in enumerate(told):
-        if answer is not None:
-            kind = getattr(builtins, answer[0], RuntimeError)
-            raise kind(f"rank {rank} has failed in {doing}: {answer[1]}")
-    return result
+    return core.unanimous(doing, action, _gather)
+
+
+def _gather(value: Any) -> list[Any]:
+    if not (dist.is_available() and dist.is_initialized()):
+        return [value]
+    values: list[Any] = [None] * dist.get_world_size()
+    dist.all_gather_object(values, value)
+    return values

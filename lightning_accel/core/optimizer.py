@@ -31,7 +31,7 @@ from lightning_accel.core.gradients import RestingGradients
 from lightning_accel.core.loss_weight import Window
 from lightning_accel.core.placement import Rest
 from lightning_accel.core.segment import Segment
-from lightning_accel.core.unanimous import on_all_ranks
+from lightning_accel.core.unanimous import unanimous
 from lightning_accel.core.unit import Content, Unit
 
 if TYPE_CHECKING:
@@ -546,7 +546,7 @@ class EngineOptimizer:
             self.segments = optimizer_state.scatter(self, state, self.segments)
 
         if self.sharded:
-            on_all_ranks(load, self.engine.collectives)
+            unanimous("loading an optimizer's state", load, self.engine.collectives.gather_objects)
         else:
             load()
 

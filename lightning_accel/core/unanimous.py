@@ -1,39 +1,40 @@
-"""What may fail on some ranks fails on all of them: none goes on to wait for one that does not come."""
+"""What fails on one rank fails on all: none may go on, or wait for one that does not come."""
 
 from __future__ import annotations
 
+import builtins
 from collections.abc import Callable
-from typing import TypeVar
-
-from lightning_accel.core.collectives import Collectives
+from typing import Any, TypeVar
 
 T = TypeVar("T")
 
 
-def on_all_ranks(do: Callable[[], T], collectives: Collectives) -> T:
-    """Do something that may fail on some ranks only. All ranks call this together.
+def unanimous(doing: str, action: Callable[[], T], gather: Callable[[Any], list[Any]]) -> T:
+    """Do something on each rank, if it succeeds on all of them. All ranks call this together.
 
     Args:
-        do: Must not wait for other ranks.
-        collectives: The ranks.
+        doing: What it is, for messages.
+        action: Must not wait for other ranks.
+        gather: Sends an object to all ranks, and returns those of all, by rank.
 
     Returns:
-        What it returns on this rank.
+        What the action returns on this rank.
 
     Raises:
-        Exception: What it has raised on this rank.
-        ValueError: If it has failed on other ranks; the first of them and its error are named.
+        Exception: What the action has raised on this rank, or else one of the same kind (a RuntimeError, if it is not
+            one of Python's own) that says which rank has failed, and why.
 
     """
     failure: Exception | None = None
     try:
-        result = do()
+        result = action()
     except Exception as error:
         failure = error
-    told = collectives.gather_objects(None if failure is None else f"{type(failure).__name__}: {failure}")
+    told = gather(None if failure is None else (type(failure).__name__, str(failure)))
     if failure is not None:
         raise failure
-    for rank, why in enumerate(told):
-        if why is not None:
-            raise ValueError(f"rank {rank} has failed: {why}")
+    for rank, answer in enumerate(told):
+        if answer is not None:
+            kind = getattr(builtins, answer[0], RuntimeError)
+            raise kind(f"rank {rank} has failed in {doing}: {answer[1]}")
     return result

@@ -8,7 +8,7 @@ import torch.distributed as dist
 
 from harness import Ranks
 from lightning_accel.core.collectives import connect
-from lightning_accel.core.unanimous import on_all_ranks
+from lightning_accel.core.unanimous import unanimous
 
 
 def do(failing: list[int]) -> int:
@@ -19,7 +19,7 @@ def do(failing: list[int]) -> int:
             raise OSError(f"disk of {rank}")
         return rank + 10
 
-    return on_all_ranks(action, connect(torch.device("cpu"), None))
+    return unanimous("a test", action, connect(torch.device("cpu"), None).gather_objects)
 
 
 def test_each_rank_has_its_own_result(ranks3: Ranks) -> None:
@@ -32,4 +32,4 @@ def test_who_has_failed_raises_that_and_the_others_say_who(ranks3: Ranks, failin
         if rank in failing:
             assert error == ("OSError", f"disk of {rank}")
         else:
-            assert error == ("ValueError", "rank 1 has failed: OSError: disk of 1")
+            assert error == ("OSError", "rank 1 has failed in a test: disk of 1")

@@ -18,7 +18,7 @@ from lightning_accel.core.checkpoint.recorder import Copies, recorded
 from lightning_accel.core.checkpoint.shard import Shard, ranged
 from lightning_accel.core.checkpoint.stored import StoredTensor, fill_from
 from lightning_accel.core.placement import Rest
-from lightning_accel.core.unanimous import on_all_ranks
+from lightning_accel.core.unanimous import unanimous
 
 if TYPE_CHECKING:
     from lightning_accel.core.engine import Engine
@@ -142,7 +142,7 @@ def prepare_model(
             if engine is None:
                 _apply(found.copies, None)
             else:
-                on_all_ranks(lambda: _apply(found.copies, engine), engine.collectives)
+                unanimous("loading a model", lambda: _apply(found.copies, engine), engine.collectives.gather_objects)
         for part, value in found.extra:
             part.set_extra_state(value)
         return result

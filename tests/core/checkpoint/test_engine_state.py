@@ -378,7 +378,7 @@ def test_damage_that_one_rank_finds_is_an_error_on_all_and_they_can_take_another
             content[offset + length // 2] ^= 1
     file.write_bytes(content)
     (first, found), (second, same) = ranks2.run(load_damaged, row, tmp_path, what)
-    assert first.startswith("rank 1 has failed: ValueError")
+    assert first.startswith("rank 1 has failed in loading ")
     assert "__1_0.distcp" in first
     assert "__1_0.distcp" in second
     assert "rank 1 has failed" not in second
