@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from datetime import timedelta
-from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
@@ -16,11 +15,10 @@ from lightning.fabric.plugins.collectives.torch_collective import default_pg_tim
 from lightning.fabric.strategies import _StrategyRegistry
 from lightning.fabric.utilities.optimizer import _optimizers_to_device
 from lightning.fabric.utilities.types import ReduceOp
-from lightning.pytorch.core.optimizer import LightningOptimizer, _MockOptimizer
+from lightning.pytorch.core.optimizer import _MockOptimizer
 from lightning.pytorch.plugins.precision import Precision
-from lightning.pytorch.strategies import DDPStrategy
-from lightning.pytorch.strategies.launchers import _MultiProcessingLauncher, _SubprocessScriptLauncher
-from lightning.pytorch.trainer.states import TrainerFn, TrainerStatus
+from lightning.pytorch.strategies.launchers import _MultiProcessingLauncher
+from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities.types import STEP_OUTPUT
 from torch import Tensor
 from torch.optim import Optimizer
@@ -28,39 +26,22 @@ from typing_extensions import override
 
 from lightning_accel.core import Engine, GradScaler, Rest
 from lightning_accel.core.agreement import synchronise
-from lightning_accel.core.checkpoint import StoredTensor, is_directory, load
-from lightning_accel.core.checkpoint.engine_state import load_model, model_shards, optimizer_shards
 from lightning_accel.core.dtypes import Dtypes
 from lightning_accel.core.materialise import InitFn, has_meta
 from lightning_accel.core.offload import OffloadKind, require_offload
 from lightning_accel.core.partition import Units
 from lightning_accel.core.placement import Row
 from lightning_accel.core.registry import engines_of
-from lightning_accel.plugins.checkpoint_io import with_default
-from lightning_accel.plugins.precision import engine_optimizer, require_known_scaler
+from lightning_accel.plugins.precision import require_known_scaler
 from lightning_accel.strategies.accumulation import Accumulation
 from lightning_accel.strategies.averaging import require_averaging_in_parts
 from lightning_accel.strategies.checkpoints import Checkpoints, StateDictType
-from lightning_accel.strategies.compact import compact
-from lightning_accel.strategies.failure import end_children_at_exit, explain
-from lightning_accel.strategies.files import (
-    LEFT_IN_FILE,
-    detached,
-    in_memory,
-    loaded_for,
-    require_intact,
-    require_lightning,
-)
-from lightning_accel.strategies.fitting import prepare_all
+from lightning_accel.strategies.failure import explain
 from lightning_accel.strategies.options import EngineOptions, Recomputed, reject_unknown, to_device
 from lightning_accel.strategies.resume import Continuation
+from lightning_accel.strategies.saving import SavingStrategy, unwrap
 from lightning_accel.strategies.schedule import hold_schedules
 from lightning_accel.strategies.signals import AgreedSignals
-from lightning_accel.strategies.unanimous import unanimous
-
-_GRACE_S = 10.0
-"""Seconds that a rank which saves after an exception waits for the others to do the same; as many do children have to
-end by themselves after rank 0 failed."""
 
 START_METHODS: dict[str, Literal["popen", "spawn", "fork"]] = {
     "": "popen",
@@ -71,7 +52,7 @@ START_METHODS: dict[str, Literal["popen", "spawn", "fork"]] = {
 """Suffixes of registered names, and the way each starts its processes."""
 
 
-class AccelStrategy(DDPStrategy):
+class AccelStrategy(SavingStrategy):
     """Base of the Trainer strategies.
 
     It derives from Lightning's ``DDPStrategy`` for what is no concern of the engine: launching, process groups,
@@ -226,18 +207,6 @@ class AccelStrategy(DDPStrategy):
         scaler = getattr(self.precision_plugin, "scaler", None)
         return scaler if isinstance(scaler, GradScaler) else None
 
-    @property
-    @override
-    def checkpoint_io(self) -> CheckpointIO:
-        """What reads and writes checkpoint files: the user's or, also within one that wraps others, our own."""
-        self._checkpoint_io = with_default(self._checkpoint_io)
-        return self._checkpoint_io
-
-    @checkpoint_io.setter
-    def checkpoint_io(self, io: CheckpointIO) -> None:
-        self._checkpoints.use(io)
-        self._checkpoint_io = io
-
     # ------------------------------------------------------------------ set-up
 
     @contextmanager
@@ -290,7 +259,7 @@ class AccelStrategy(DDPStrategy):
             self._at_teardown.callback(self._signals.remove)
             self._at_teardown.callback(hold_schedules(trainer, lambda: self._step_was_skipped))
             self.setup_optimizers(trainer)
-            for optimizer in map(_unwrap, self.optimizers):
+            for optimizer in map(unwrap, self.optimizers):
                 if not isinstance(optimizer, _MockOptimizer):
                     self.engine.add_optimizer(optimizer)
             self.engine.build()
@@ -316,15 +285,6 @@ class AccelStrategy(DDPStrategy):
         if fitting and self._layer_sync:
             return False  # it has replaced layers
         return self.engine.names == {parameter: name for name, parameter in self.model.named_parameters()}
-
-    def _open_engines(self) -> list[Engine]:
-        """The engines that have the model in parts: of this stage, or left so by another strategy or Trainer."""
-        module = self._lightning_module
-        found = [] if module is None else engines_of(module)
-        ours = self.engine
-        if ours is not None and not ours.is_closed and ours.module is self.model and ours not in found:
-            found.append(ours)  # all parameters were replaced
-        return found
 
     @property
     def _leaves_in_parts(self) -> bool:
@@ -432,148 +392,6 @@ class AccelStrategy(DDPStrategy):
             tensor = tensor.to(torch.get_default_dtype())
         return super().reduce(tensor, group, reduce_op)
 
-    # ------------------------------------------------------------- checkpoints
-
-    def _require_peers(self) -> None:
-        """Raise instead of waiting for ranks that do not save: one has failed and its callbacks want a checkpoint."""
-        if not self._is_interrupted or self.engine is None or self.engine.is_closed:
-            return
-        if not self.engine.collectives.meet_within(_GRACE_S):
-            # What a callback raises within ``on_exception`` keeps Lightning from all that it would do next.
-            self._end_soon(grace_s=2.0)  # the others have had theirs
-            self.engine.close(abandon=True)
-            raise RuntimeError(
-                "Expected all ranks to save a checkpoint, as this one does because of an exception (its traceback is"
-                f" above), but some have failed or did not come within {_GRACE_S:.0f} s. What rests sharded cannot be"
-                " collected without them."
-            )
-
-    @property
-    def _is_interrupted(self) -> bool:
-        module = self.lightning_module
-        trainer = None if module is None else module._trainer
-        return trainer is not None and trainer.state.status == TrainerStatus.INTERRUPTED
-
-    def _end_soon(self, grace_s: float = _GRACE_S) -> None:
-        self._failed = True
-        if isinstance(self._launcher, _SubprocessScriptLauncher):
-            end_children_at_exit(self._launcher.procs, grace_s)
-
-    @override
-    def barrier(self, name: str | None = None, *args: Any, **kwargs: Any) -> None:
-        if name == "Trainer.save_checkpoint":
-            self._require_peers()
-        super().barrier(name, *args, **kwargs)
-
-    @contextmanager
-    def _whole(self, *, writeback: bool = False) -> Iterator[None]:
-        with ExitStack() as stack:
-            for engine in self._open_engines():
-                stack.enter_context(engine.full_parameters(writeback=writeback))
-            yield
-
-    @override
-    def lightning_module_state_dict(self) -> dict[str, Any]:
-        """The state of the model, as it is to be saved.
-
-        Sharded: this rank's parts. Full: ``{}`` on ranks but 0 where no rank has it whole. When the model has been
-        given back whole, it is what the model has.
-        """
-        if self.row.optimizer_state is Rest.SHARDED or self._checkpoints.are_sharded:
-            self._require_peers()
-        engines = self._open_engines()
-        if self._checkpoints.are_sharded and len(engines) == 1:
-            return model_shards(engines[0], self.lightning_module)
-        with ExitStack() as stack:
-            is_whole = [stack.enter_context(engine.collected_parameters()) for engine in engines]
-            state = super().lightning_module_state_dict()
-            return detached(state) if all(is_whole) else {}
-
-    @override
-    def load_checkpoint(self, checkpoint_path: Any, weights_only: bool | None = None) -> dict[str, Any]:
-        """Read a checkpoint, a directory or a file, of any row and number of ranks.
-
-        What the model and the optimizers copy their values from may stay in it.
-        """
-        self._checkpoints.finish()  # it may be the one that is being written
-        if is_directory(checkpoint_path):
-            checkpoint = load(checkpoint_path, weights_only=weights_only is not False)
-        else:
-            require_intact(self.checkpoint_io, checkpoint_path, is_first=self.is_global_zero)
-            checkpoint = super().load_checkpoint(checkpoint_path, weights_only)
-        require_lightning(checkpoint, checkpoint_path)
-        return {key: value if key in LEFT_IN_FILE else in_memory(value) for key, value in checkpoint.items()}
-
-    @override
-    def load_model_state_dict(self, checkpoint: Mapping[str, Any], strict: bool = True) -> None:
-        """Load the model's values: of a model that is to rest in parts when it has been set up and has its memory."""
-        stored = any(isinstance(value, StoredTensor) for value in checkpoint["state_dict"].values())
-        later = stored and self.row.parameters is Rest.SHARDED and not self._was_set_up and not self._open_engines()
-        if self.lightning_module is not None and (later or has_meta(self.lightning_module)):
-            self._awaited = {"state_dict": checkpoint["state_dict"]}, strict
-            return
-        assert self.lightning_module is not None
-        engines = self._open_engines()
-        if len(engines) > 1:
-            with self._whole(writeback=True):
-                super().load_model_state_dict(checkpoint, strict)
-            return
-        engine = engines[0] if engines else None
-        load_model(self.lightning_module, checkpoint["state_dict"], strict=strict, engine=engine)
-
-    @override
-    def optimizer_state(self, optimizer: Optimizer) -> dict[str, Any]:
-        """The state of an optimizer, as it is to be saved.
-
-        Sharded: this rank's parts, by names of parameters. Full: of whole parameters on rank 0; on the others as well
-        if it rests replicated, else ``{}``.
-        """
-        added = engine_optimizer(_unwrap(optimizer))
-        if self._checkpoints.are_sharded and added is not None:
-            return optimizer_shards(added)
-        return _unwrap(optimizer).state_dict()
-
-    @override
-    def load_optimizer_state_dict(self, checkpoint: Mapping[str, Any]) -> None:
-        """Load the state of all optimizers, or of none if that of one does not fit."""
-        states = checkpoint["optimizer_states"]
-        if len(states) != len(self.optimizers):
-            raise ValueError(
-                f"Expected a checkpoint with the state of {len(self.optimizers)} optimizers, got that of {len(states)}."
-                " It was made with another configure_optimizers."
-            )
-        added = [engine_optimizer(_unwrap(optimizer)) for optimizer in self.optimizers]
-        pairs = zip(added, states, strict=True)
-        prepare_all([partial(ours.prepare_load, state) for ours, state in pairs if ours is not None])
-        states = [loaded_for(optimizer, state) for optimizer, state in zip(self.optimizers, states, strict=True)]
-        super().load_optimizer_state_dict({"optimizer_states": states})
-
-    @override
-    def save_checkpoint(self, checkpoint: dict[str, Any], filepath: Any, storage_options: Any | None = None) -> None:
-        self._continuation.add_to(checkpoint)
-        if self._checkpoints.are_sharded:
-            if storage_options is not None:
-                raise TypeError("Expected no storage_options for a sharded checkpoint. Use state_dict_type='full'.")
-            info = {"step": checkpoint.get("global_step"), "epoch": checkpoint.get("epoch")}
-            self._checkpoints.save(filepath, checkpoint, info)
-            return
-        save = super().save_checkpoint
-
-        def write() -> None:
-            if self.is_global_zero:
-                save(compact(checkpoint), filepath, storage_options)
-
-        if self._is_interrupted:
-            write()  # some ranks may have ended: those that have not meet at the barrier that follows
-        else:
-            unanimous("saving a checkpoint", write)
-
-    @override
-    def remove_checkpoint(self, filepath: Any) -> None:
-        """Remove a checkpoint; not before the one that is being written is complete."""
-        remove = super().remove_checkpoint
-        self._checkpoints.after_saving(lambda: remove(filepath))
-
     # --------------------------------------------------------------------- end
 
     @override
@@ -641,7 +459,3 @@ class AccelStrategy(DDPStrategy):
 def _require_clipping(limit: float | None) -> None:
     if limit is not None and not limit >= 0:  # NaN is not, either
         raise ValueError(f"Expected gradient_clip_val to be positive, or None or 0 for no clipping, got {limit}.")
-
-
-def _unwrap(optimizer: Optimizer) -> Optimizer:
-    return optimizer._optimizer if isinstance(optimizer, LightningOptimizer) else optimizer
