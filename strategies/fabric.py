@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-import copy
 import weakref
-from collections.abc import Callable, Mapping, Sequence
-from contextlib import AbstractContextManager, ExitStack, nullcontext
+from collections.abc import Mapping, Sequence
+from contextlib import AbstractContextManager, ExitStack
 from dataclasses import replace
 from datetime import timedelta
-from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
@@ -16,78 +14,32 @@ import torch
 from lightning.fabric.accelerators import Accelerator
 from lightning.fabric.plugins import CheckpointIO, ClusterEnvironment, Precision
 from lightning.fabric.plugins.collectives.torch_collective import default_pg_timeout
-from lightning.fabric.strategies import DDPStrategy, _StrategyRegistry
-from lightning.fabric.strategies.strategy import (
-    _apply_filter,
-    _BackwardSyncControl,
-    _validate_keys_for_strict_loading,
-)
-from lightning.fabric.utilities.types import ReduceOp, _Stateful
+from lightning.fabric.strategies import _StrategyRegistry
+from lightning.fabric.utilities.types import ReduceOp
 from torch import Tensor, nn
 from torch.optim import Optimizer
 from typing_extensions import override
 
 from lightning_accel.core import Engine, GradScaler, Rest
-from lightning_accel.core.checkpoint import is_directory, load
-from lightning_accel.core.checkpoint.engine_state import load_model, model_shards, optimizer_shards, prepare_model
 from lightning_accel.core.dtypes import Dtypes
 from lightning_accel.core.materialise import InitFn
 from lightning_accel.core.offload import OffloadKind, require_offload
 from lightning_accel.core.partition import Units
 from lightning_accel.core.placement import Row, find_row
-from lightning_accel.core.structure import called_by_compiled_code
 from lightning_accel.plugins.accel_precision import AccelPrecision
-from lightning_accel.plugins.checkpoint_io import with_default
 from lightning_accel.plugins.precision import engine_optimizer, require_known_scaler
-from lightning_accel.strategies.checkpoints import Checkpoints, StateDictType, only_one
-from lightning_accel.strategies.compact import compact
-from lightning_accel.strategies.files import detached, in_memory, loaded_for, require_intact
-from lightning_accel.strategies.fitting import prepare_all
+from lightning_accel.strategies.checkpoints import Checkpoints, StateDictType
+from lightning_accel.strategies.engine_module import EngineModule, EngineSyncControl
+from lightning_accel.strategies.fabric_saving import SavingFabricStrategy
 from lightning_accel.strategies.fsdp import SHARDINGS, row_of_sharding
 from lightning_accel.strategies.options import EngineOptions, Recomputed, reject_unknown, to_device
 from lightning_accel.strategies.trainer import START_METHODS
-from lightning_accel.strategies.unanimous import unanimous
 from lightning_accel.strategies.zero import STAGES, row_of_stage
 
 __all__ = ["AccelDDPStrategy", "AccelFSDPStrategy", "AccelZeROStrategy", "EngineModule"]
 
 
-class EngineModule(nn.Module):
-    """A module together with the engine that trains it: what ``fabric.setup`` wraps.
-
-    Args:
-        module: The user's module.
-        engine: Its engine.
-
-    """
-
-    engine: Engine
-    module: nn.Module
-
-    def __init__(self, module: nn.Module, engine: Engine) -> None:
-        super().__init__()
-        self.module = module
-        self.engine = engine
-
-    @override
-    def forward(self, *args: Any, **kwargs: Any) -> Any:
-        """Call the module."""
-        if not self.engine.is_compiled:
-            self._note_compilation()
-        with self.engine.forward_context():
-            return self.module(*args, **kwargs)
-
-    @torch.compiler.disable
-    def _note_compilation(self) -> None:
-        """Find out whether dynamo calls this object: Fabric compiles what wraps a compiled module, as users may."""
-        self.engine.is_compiled = called_by_compiled_code()
-
-    def __deepcopy__(self, memo: dict[int, Any]) -> nn.Module:
-        """A copy of the user's module, which no engine trains."""
-        return copy.deepcopy(self.module, memo)
-
-
-class AccelFabricStrategy(DDPStrategy):
+class AccelFabricStrategy(SavingFabricStrategy):
     """Base of the Fabric strategies. It derives from Fabric's ``DDPStrategy`` for launching and process groups.
 
     Args:
@@ -188,7 +140,7 @@ class AccelFabricStrategy(DDPStrategy):
             timeout=timeout,
             start_method=start_method,
         )
-        self._backward_sync_control = _EngineSyncControl()
+        self._backward_sync_control = EngineSyncControl()
         self._engines: list[weakref.ref[Engine]] = []
 
     @property
@@ -227,18 +179,6 @@ class AccelFabricStrategy(DDPStrategy):
         """The gradient scaler in use, if any."""
         scaler = getattr(self.precision, "scaler", None)
         return scaler if isinstance(scaler, GradScaler) else None
-
-    @property
-    @override
-    def checkpoint_io(self) -> CheckpointIO:
-        """What reads and writes checkpoint files: the user's, or our own."""
-        self._checkpoint_io = with_default(self._checkpoint_io)
-        return self._checkpoint_io
-
-    @checkpoint_io.setter
-    def checkpoint_io(self, io: CheckpointIO) -> None:
-        self._checkpoints.use(io)
-        self._checkpoint_io = io
 
     # ------------------------------------------------------------------ set-up
 
@@ -348,119 +288,6 @@ class AccelFabricStrategy(DDPStrategy):
             tensor = tensor.to(torch.get_default_dtype())
         return super().all_reduce(tensor, group, reduce_op)
 
-    # ------------------------------------------------------------- checkpoints
-
-    @override
-    def get_module_state_dict(self, module: nn.Module) -> dict[str, Any]:
-        """The state of the user's module: ``{}`` on ranks but 0 where no rank has it whole."""
-        with _collected(module) as is_whole:
-            state = super().get_module_state_dict(_inner(module))
-            return detached(state) if is_whole else {}
-
-    @override
-    def load_module_state_dict(self, module: nn.Module, state_dict: dict[str, Any], strict: bool = True) -> None:
-        """Load into the user's module."""
-        load_model(_inner(module), state_dict, strict=strict, engine=_engine_of(module))
-
-    @override
-    def save_checkpoint(
-        self,
-        path: Any,
-        state: dict[str, Any],
-        storage_options: Any | None = None,
-        filter: dict[str, Callable[[str, Any], bool]] | None = None,
-    ) -> None:
-        """Save models and optimizers, and what else is in ``state``. All ranks take part."""
-        if self._checkpoints.are_sharded:
-            if storage_options is not None:
-                raise TypeError("Expected no storage_options for a sharded checkpoint. Use state_dict_type='full'.")
-            step = state.get("step")
-            info = {"step": step} if isinstance(step, int) else {}
-            self._checkpoints.save(path, self._in_parts(state, filter or {}), info)
-            return
-        converted = self._convert_stateful_objects_in_state(state, filter=(filter or {}))
-
-        def write() -> None:
-            if self.is_global_zero:
-                self.checkpoint_io.save_checkpoint(
-                    checkpoint=compact(converted), path=path, storage_options=storage_options
-                )
-
-        unanimous("saving a checkpoint", write)
-
-    def _in_parts(self, state: dict[str, Any], filter: dict[str, Callable[[str, Any], bool]]) -> dict[str, Any]:
-        """What is to be saved, with this rank's parts of models and optimizers."""
-        found: dict[str, Any] = {}
-        for key, value in state.items():
-            added = engine_optimizer(value) if isinstance(value, Optimizer) else None
-            if isinstance(value, EngineModule) and not value.engine.is_closed:
-                converted: Any = model_shards(value.engine, value.module)
-            elif added is not None:
-                converted = optimizer_shards(added)
-            else:
-                converted = self._convert_stateful_objects_in_state({key: value}, {})[key]
-            _apply_filter(key, filter, converted, found)
-        return found
-
-    @override
-    def load_checkpoint(
-        self,
-        path: Any,
-        state: nn.Module | Optimizer | dict[str, Any] | None = None,
-        strict: bool = True,
-        weights_only: bool | None = None,
-    ) -> dict[str, Any]:
-        """Load a checkpoint, a directory or a file, or what ``state`` asks for. All ranks take part.
-
-        Returns:
-            What was not asked for.
-
-        """
-        self._checkpoints.finish()  # it may be the one that is being written
-        if is_directory(path):
-            loaded = load(path, weights_only=weights_only is not False)
-        else:
-            require_intact(self.checkpoint_io, path, is_first=self.is_global_zero)
-            loaded = super().load_checkpoint(path, weights_only=weights_only)
-        if isinstance(state, (nn.Module, Optimizer)):
-            (load_it,) = prepare_all([partial(self._prepare, state, only_one(loaded, state), strict)])
-            load_it()
-            return {}
-        if state:
-            _validate_keys_for_strict_loading(state, loaded, strict=strict)
-            names = [name for name in state if name in loaded]
-            ready = prepare_all([partial(self._prepare, state[name], loaded.pop(name), strict) for name in names])
-            for name, load_it in zip(names, ready, strict=True):
-                state[name] = load_it()
-        remainder: dict[str, Any] = in_memory(loaded)
-        return remainder
-
-    def _prepare(self, receiver: Any, value: Any, strict: bool) -> Callable[[], Any]:
-        """Find out whether a value fits what is to load it, as far as that can be told.
-
-        Returns:
-            What loads it, and returns what is in the receiver's place then. See [Note: what stays in a file].
-
-        """
-        load_it: Callable[[], Any]
-        added = engine_optimizer(receiver) if isinstance(receiver, Optimizer) else None
-        if isinstance(receiver, nn.Module):
-            load_it = prepare_model(_inner(receiver), value, strict=strict, engine=_engine_of(receiver))
-        elif added is not None:
-            load_it = added.prepare_load(loaded_for(receiver, value))
-        elif isinstance(receiver, _Stateful):  # other optimizers, too
-
-            def load_it() -> None:
-                receiver.load_state_dict(in_memory(value))
-        else:
-            return partial(in_memory, value)
-
-        def load() -> Any:
-            load_it()
-            return receiver
-
-        return load
-
     # --------------------------------------------------------------------- end
 
     @override
@@ -567,20 +394,6 @@ class AccelFSDPStrategy(AccelFabricStrategy):
         return {row: {"sharding": sharding} for sharding, row in SHARDINGS.items()}
 
 
-class _EngineSyncControl(_BackwardSyncControl):
-    @override
-    def no_backward_sync(self, module: nn.Module, enabled: bool) -> AbstractContextManager[None]:
-        """Within it, rows whose gradients accumulate on each rank send nothing."""
-        if not enabled:
-            return nullcontext()
-        if not isinstance(module, EngineModule):
-            raise TypeError(
-                "Expected the module that fabric.setup returned to fabric.no_backward_sync, got"
-                f" {type(module).__name__}."
-            )
-        return module.engine.no_sync()
-
-
 def _weigh(loss: Tensor, engines: Sequence[Engine]) -> Tensor:
     """A loss times the weight that any engine was given for it; others that train are told."""
     weights = {engine.loss_weight for engine in engines} - {None}
@@ -593,23 +406,3 @@ def _weigh(loss: Tensor, engines: Sequence[Engine]) -> Tensor:
             engine.set_loss_weight(weight)
         return told[0].weigh(loss)
     return loss
-
-
-def _whole(module: nn.Module, *, writeback: bool = False) -> AbstractContextManager[None]:
-    if isinstance(module, EngineModule) and not module.engine.is_closed:
-        return module.engine.full_parameters(writeback=writeback)
-    return nullcontext()
-
-
-def _collected(module: nn.Module) -> AbstractContextManager[bool]:
-    if isinstance(module, EngineModule) and not module.engine.is_closed:
-        return module.engine.collected_parameters()
-    return nullcontext(True)
-
-
-def _engine_of(module: nn.Module) -> Engine | None:
-    return module.engine if isinstance(module, EngineModule) and not module.engine.is_closed else None
-
-
-def _inner(module: nn.Module) -> nn.Module:
-    return module.module if isinstance(module, EngineModule) else module
