@@ -74,7 +74,9 @@ class Pending:
         """Whether waiting for the phase that is under way would not block."""
         return all(work.is_completed() for work in self._works)
 
-    is_completed = is_ready  # one may be made of others
+    def is_completed(self) -> bool:
+        """:meth:`is_ready` by the name that torch's works give it: one may be made of others."""
+        return self.is_ready()
 
     def advance(self) -> None:
         """Let an operation of several phases enter the next; others have none."""

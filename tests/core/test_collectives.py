@@ -6,7 +6,7 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from lightning_accel.core.collectives import GlooCollectives, TorchCollectives, connect
+from lightning_accel.core.collectives import GlooCollectives, Pending, TorchCollectives, connect
 from lightning_accel.core.direct import DirectCollectives
 from lightning_accel.core.layout import even_layout, owned_layout
 
@@ -94,6 +94,23 @@ def several_under_way():
 
 def test_operations_under_way_do_not_mix(ranks3):
     assert all(ranks3.run(several_under_way))
+
+
+def made_of_others():
+    collectives = GlooCollectives(torch.device("cpu"), None, None)
+    layout = even_layout([(50,)], collectives.ranks)
+    buffer = contribution(collectives.rank, layout.total, torch.float64)
+    ready = []
+    for start in (collectives.all_gather, collectives.all_reduce):
+        pending = Pending([start(buffer, layout)])
+        ready.append(pending.is_ready())
+        pending.wait()
+    return ready
+
+
+def test_an_operation_made_of_messages_does_not_wait_to_be_told_of_them(ranks2):
+    """gloo never tells: whoever asked before waiting would ask for as long as it has patience."""
+    assert ranks2.run(made_of_others) == [[True, True]] * 2
 
 
 def bits_of_all_reduce():

@@ -24,6 +24,7 @@ from core.toys import (
     train,
     train_alone,
     values,
+    without_patience,
 )
 from lightning_accel.core import Engine
 from lightning_accel.core.collectives import TorchCollectives
@@ -52,6 +53,7 @@ def test_one_unit_or_many_make_no_difference(ranks2, cap):
     assert max(ranks2.run(compare, Net, "zero2", bucket_cap_mb=cap)) < EXACT
 
 
+@without_patience
 def on_generic_collectives(row):
     def connect(device, group=None):
         return TorchCollectives(device, group, group)

@@ -13,7 +13,20 @@ from torch import Tensor, nn
 
 from core.test_live_memory import BLOCKS, LINEARS, Deep, unit_bytes
 from core.test_lockstep import sending_messages
-from core.toys import Net, Tanh, adamw, build, live_bytes, mse, prepared, relative_error, started, train, values
+from core.toys import (
+    Net,
+    Tanh,
+    adamw,
+    build,
+    live_bytes,
+    mse,
+    prepared,
+    relative_error,
+    started,
+    train,
+    values,
+    without_patience,
+)
 from harness import Ranks
 from lightning_accel.core import Engine, full_state
 from lightning_accel.core.absent import AbsentParameter
@@ -63,6 +76,7 @@ def state_of(engine: Engine) -> tuple[dict[str, object], bool]:
     return state, is_whole
 
 
+@without_patience
 def save(row: str, make: Callable[[], nn.Module], kind: type | None = None, **options: object) -> bool:
     """Whether this rank had the values; they were compared with those that ``full_parameters`` shows."""
     module = build(make, torch.float32)

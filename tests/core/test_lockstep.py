@@ -13,7 +13,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from core.toys import Net, adamw, build, data, relative_error, train, train_alone, values
+from core.toys import Net, adamw, build, data, relative_error, train, train_alone, values, without_patience
 from harness import Ranks
 from lightning_accel.core import Engine
 from lightning_accel.core.collectives import GlooCollectives, TorchCollectives, connect
@@ -51,6 +51,7 @@ def caught(engine: Engine) -> str:
     return ""
 
 
+@without_patience
 def evaluated_unevenly(kind: type, row: str) -> tuple[str, float]:
     engine, optimizer = started(kind, build(Net), row)
     train(engine, optimizer, 2)
@@ -74,6 +75,7 @@ def test_one_more_forward_on_one_rank(ranks2: Ranks, kind: type, row: str) -> No
         assert took < SOON_S
 
 
+@without_patience
 def goes_on(kind: type) -> tuple[str, float, list[str]]:
     """What was raised before a forward, and the loss of a step after it beside the one that it should be."""
     alone = build(Net)
@@ -152,6 +154,7 @@ def test_ranks_that_gather_different_units_of_one_size(ranks2: Ranks, kind: type
         assert took < SOON_S
 
 
+@without_patience
 def trained(kind: type, row: str) -> tuple[float, int]:
     alone, module = build(Net), build(Net)
     train_alone(alone, adamw(alone.parameters()), 6, dist.get_world_size(), accumulate=2)

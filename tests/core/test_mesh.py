@@ -10,7 +10,7 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from core.toys import Net, adamw, build, compare, data, mse, my_share, relative_error, train, values
+from core.toys import Net, adamw, build, compare, data, mse, my_share, relative_error, train, values, without_patience
 from harness import Ranks
 from lightning_accel.core import Engine
 from lightning_accel.core.collectives import GlooCollectives, TorchCollectives, connect
@@ -69,6 +69,7 @@ def test_parity_with_a_single_process(ranks4, shard_size, accumulate):
     assert max(errors) < EXACT
 
 
+@without_patience
 def with_collectives(kind):
     def messages(device, group=None):
         return kind(device, group, group)
