@@ -1,9 +1,10 @@
 """The processes that every multi-process test shares.
 
 A set of ranks is started once and then runs one function after another, so a test pays milliseconds for its process
-group and not the seconds that importing torch and Lightning takes::
+group. Neither it nor a set of other size or one that follows a failure pays the seconds that importing torch and
+Lightning takes: ranks are forked by a process that has done so (see `nursery`)::
 
-    pytest's process                            a worker for each rank (`python harness.py <fd>`)
+    pytest's process                            a worker for each rank
                                           <---  ready
     Ranks.run(function, x)
       opens a store for the ranks to meet --->  joins a gloo group, calls function(x)
@@ -17,9 +18,11 @@ Only this module knows of the workers; a test writes module-level functions and 
 
 from __future__ import annotations
 
+import atexit
 import contextlib
 import datetime
 import faulthandler
+import functools
 import gc
 import io
 import logging
@@ -28,7 +31,6 @@ import os
 import pickle
 import random
 import signal
-import subprocess
 import sys
 import time
 import traceback
@@ -42,10 +44,11 @@ import numpy as np
 import torch
 import torch.distributed as dist
 
+from nursery import START_SECONDS, Child, Nursery
+
 T = TypeVar("T")
 _Function: TypeAlias = Callable[..., Any]
 
-START_SECONDS = 180.0  # importing torch on a busy machine
 DEATH_SECONDS = 1.0  # what the other ranks have to report once one of them died
 COLLECTIVE_TIMEOUT = datetime.timedelta(seconds=60)
 READY = "ready"  # a worker's message before each job
@@ -88,7 +91,7 @@ _Outcome: TypeAlias = _Result | _Failure | _Lost
 
 @dataclass(frozen=True)
 class _Worker:
-    process: subprocess.Popen[bytes]
+    process: Child
     connection: Connection
 
 
@@ -191,15 +194,9 @@ class Ranks:
             raise RanksError(f"The ranks did not start (stderr says why): {_list(answers, range(self.world_size))}.")
 
     def _start(self) -> None:
-        for rank in range(self.world_size):
+        for rank, nursery in enumerate([_nursery(rank) for rank in range(self.world_size)]):
             connection, theirs = multiprocessing.Pipe()
-            process = subprocess.Popen(
-                [sys.executable, __file__, str(theirs.fileno())],
-                env=_environment(rank, self.world_size),
-                pass_fds=[theirs.fileno()],
-                stdin=subprocess.DEVNULL,
-                start_new_session=True,  # so that close() reaches what a rank has started, too
-            )
+            process = nursery.start(theirs.fileno(), _environment(rank, self.world_size))
             theirs.close()
             self._workers.append(_Worker(process, connection))
 
@@ -233,6 +230,14 @@ class Ranks:
             return None
         how = f"was killed by {signal.Signals(-code).name}" if code < 0 else f"exited with code {code}"
         return _Lost(f"{how} before it had finished")
+
+
+@functools.cache
+def _nursery(rank: int) -> Nursery:
+    """The one of a rank, whatever the number of ranks; it ends with this process."""
+    nursery = Nursery(_environment(rank, rank + 1))
+    atexit.register(nursery.close)
+    return nursery
 
 
 def _environment(rank: int, world_size: int) -> dict[str, str]:
@@ -391,9 +396,3 @@ def _rewrite_assertions() -> None:
     from _pytest.config import get_config
 
     install_importhook(get_config())
-
-
-if __name__ == "__main__":
-    from harness import serve as serve_jobs  # under the name by which pytest knows this module, so that pickles agree
-
-    serve_jobs(int(sys.argv[1]))

@@ -153,7 +153,7 @@ def lightning_environment() -> tuple[object, ...]:
 
     fabric = lightning.Fabric(accelerator="cpu", devices=dist.get_world_size(), strategy="ddp")
     fabric.launch()
-    return type(fabric.strategy.cluster_environment).__name__, os.getppid(), fabric.global_rank, fabric.world_size
+    return type(fabric.strategy.cluster_environment).__name__, os.getpid(), fabric.global_rank, fabric.world_size
 
 
 def test_results_come_by_rank(ranks: Ranks) -> None:
@@ -289,7 +289,8 @@ def test_ranks_keep_quiet_but_for_stderr(ranks: Ranks, capfd: pytest.CaptureFixt
 
 
 def test_lightning_launches_no_processes(ranks: Ranks) -> None:
-    expected = [("TorchElasticEnvironment", os.getpid(), rank, 2) for rank in range(2)]
+    processes = ranks.run(process_id)
+    expected = [("TorchElasticEnvironment", process, rank, 2) for rank, process in enumerate(processes)]
     assert ranks.run(lightning_environment) == expected
 
 
