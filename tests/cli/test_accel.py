@@ -6,7 +6,6 @@ import subprocess
 import sys
 from pathlib import Path
 
-import pytest
 import torch
 
 STATE = {"layer.weight": torch.ones(4, 3), "layer.bias": torch.zeros(4, dtype=torch.bfloat16)}
@@ -46,16 +45,3 @@ def test_convert_and_inspect(tmp_path: Path) -> None:
         "│ 0 │ exp_avg float32 [4, 3] │",
     ):
         assert expected.split() in lines, out
-
-
-@pytest.mark.parametrize(
-    ("arguments", "code", "message"),
-    [
-        (["inspect", "missing.ckpt"], 1, "Error: Expected a checkpoint at missing.ckpt, found nothing.\n"),
-        (["convert", "a.ckpt"], 2, "Missing argument 'DST'"),
-    ],
-)
-def test_errors_are_messages(arguments: list[str], code: int, message: str) -> None:
-    found, out, err = accel(*arguments)
-    assert (found, out) == (code, "")
-    assert message in err

@@ -51,6 +51,20 @@ def test_what_is_trusted_is_read(tmp_path: Path) -> None:
     assert accel("inspect", tmp_path / "last.ckpt", "--no-weights-only").exit_code == 0
 
 
+@pytest.mark.parametrize(
+    ("arguments", "code", "message"),
+    [
+        (["inspect", "missing.ckpt"], 1, "Error: Expected a checkpoint at missing.ckpt, found nothing.\n"),
+        (["convert", "a.ckpt"], 2, "Missing argument 'DST'"),
+    ],
+)
+def test_errors_are_messages(arguments: list[str], code: int, message: str) -> None:
+    result = accel(*arguments)
+    assert (result.exit_code, result.stdout) == (code, "")
+    assert message in result.stderr
+    assert isinstance(result.exception, SystemExit), "or there is a traceback"
+
+
 def test_a_target_that_is_none_is_wrong_usage(ckpt: Path) -> None:
     result = accel("convert", ckpt, "out", "--to", "onnx")
     assert result.exit_code == 2
