@@ -13,7 +13,7 @@ import torch.distributed as dist
 from lightning.fabric import Fabric
 from lightning.pytorch.utilities import grad_norm
 from models import ROWS, Net, Regression, alone, assert_close, loader, trainer, values
-from processes import run_script
+from processes import Finished, run_script
 from torch import nn
 
 from harness import Ranks
@@ -26,36 +26,30 @@ LIMIT_S = 30.0
 # ---------------------------------------------------------------------- a rank that dies
 
 
-@pytest.fixture(scope="module")
-def start_s() -> float:
-    """The time that a run takes which does not fail: imports, most of it. The limit is on top of it."""
-    begin = time.monotonic()
-    finished = run_script("--strategy", "accel_zero2")
-    assert finished.code == 0, finished.stderr
-    assert finished.left == []
-    return time.monotonic() - begin
-
-
-@pytest.mark.parametrize(
-    ("strategy", "rank"),
-    [
-        pytest.param("accel_zero2", 0, marks=pytest.mark.matrix),
-        ("accel_zero2", 1),
-        pytest.param("accel_ddp", 1, marks=pytest.mark.matrix),
-    ],
-)
-def test_exception_on_one_rank_ends_the_run(strategy: str, rank: int, start_s: float) -> None:
-    begin = time.monotonic()
-    finished = run_script("--strategy", strategy, "--fail", str(rank), "raises")
-    assert time.monotonic() - begin < start_s + LIMIT_S
+def require_failed(*options: str) -> Finished:
+    """Run the script, in which a rank is to fail: all of it ends soon after that, with an error."""
+    finished = run_script("--strategy", *options)
+    end = time.time()
+    assert end - float(finished.stdout.rpartition("failing at ")[2].split()[0]) < LIMIT_S
     assert finished.code != 0
     assert finished.left == []
-    # The cause, in full, before anything that follows from it.
+    return finished
+
+
+def require_cause(finished: Finished, rank: int) -> str:
+    """What follows the cause, which is there in full, before anything that follows from it."""
     assert "Traceback (most recent call last)" in finished.stderr
     cause = f"LookupError: no more luck on rank {rank}"
     assert cause in finished.stderr
-    echo = finished.stderr.find("Another rank has ended")
-    assert echo == -1 or finished.stderr.find(cause) < echo
+    before, _, after = finished.stderr.partition(cause)
+    assert "Another rank has ended" not in before
+    return after
+
+
+@pytest.mark.matrix
+@pytest.mark.parametrize(("strategy", "rank"), [("accel_zero2", 0), ("accel_zero2", 1), ("accel_ddp", 1)])
+def test_exception_on_one_rank_ends_the_run(strategy: str, rank: int) -> None:
+    require_cause(require_failed(strategy, "--fail", str(rank), "raises"), rank)
 
 
 @pytest.mark.parametrize(
@@ -69,15 +63,9 @@ def test_exception_on_one_rank_ends_the_run(strategy: str, rank: int, start_s: f
     ],
 )
 def test_a_checkpoint_after_an_exception_on_one_rank(strategy: str, rank: int, tmp_path: Path) -> None:
-    finished = run_script("--strategy", strategy, "--fail", str(rank), "raises", "--keep", str(tmp_path))
-    end = time.time()
-    assert end - float(finished.stdout.rpartition("failing at ")[2].split()[0]) < LIMIT_S
-    assert finished.code != 0
-    assert finished.left == []
-    cause = f"LookupError: no more luck on rank {rank}"
-    assert cause in finished.stderr
+    finished = require_failed(strategy, "--fail", str(rank), "raises", "--keep", str(tmp_path))
     # Saving fails as well, and says why; what was there before is what counts.
-    assert "Expected all ranks to save a checkpoint" in finished.stderr.partition(cause)[2]
+    assert "Expected all ranks to save a checkpoint" in require_cause(finished, rank)
     epoch, *more = sorted(tmp_path.iterdir())
     assert epoch.name == "step=4.ckpt"
     if strategy == "accel_ddp":  # rank 0 has everything: if it learns of the exception, it saves
@@ -92,12 +80,8 @@ def test_a_checkpoint_after_an_exception_on_one_rank(strategy: str, rank: int, t
 
 @pytest.mark.matrix
 @pytest.mark.parametrize("rank", [0, 1])
-def test_killed_rank_ends_the_run(rank: int, start_s: float) -> None:
-    begin = time.monotonic()
-    finished = run_script("--strategy", "accel_zero2", "--fail", str(rank), "killed")
-    assert time.monotonic() - begin < start_s + LIMIT_S
-    assert finished.code != 0
-    assert finished.left == []
+def test_killed_rank_ends_the_run(rank: int) -> None:
+    finished = require_failed("accel_zero2", "--fail", str(rank), "killed")
     # Who is killed says nothing; whoever is left says that it is not the cause. Lightning looks after the children of
     # rank 0 every five seconds, and may find the dead one and kill rank 0 before that has said so.
     assert "Another rank has ended" in finished.stderr or finished.code == -signal.SIGKILL

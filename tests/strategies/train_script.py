@@ -29,9 +29,9 @@ class Failing(Regression):
 
     def training_step(self, batch: Any, batch_idx: int) -> Tensor:
         if self.global_rank == self.rank and self.trainer.global_step == self.at:
+            print(f"failing at {time.time()}", flush=True)
             if self.how == "killed":
                 os.kill(os.getpid(), signal.SIGKILL)
-            print(f"failing at {time.time()}", flush=True)
             raise LookupError(f"no more luck on rank {self.rank}")
         return super().training_step(batch, batch_idx)
 
