@@ -11,12 +11,19 @@ README = (Path(__file__).parent.parent / "README.md").read_text()
 BLOCKS = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
 
 # What the README takes for granted, and what it says comes next.
-BEFORE = """
-import torch
+LIGHTNING = """
 import lightning as L
 from lightning.pytorch.demos.boring_classes import BoringModel
+"""
+WITHOUT = """
+import sys
+sys.modules["lightning"] = None  # takes seconds to import, and the engine does without
+"""
+BATCHES = """
+import torch
 batches = [(torch.randn(4, 32), torch.randn(4, 2)) for _ in range(3)]
 """
+BEFORE = LIGHTNING + BATCHES
 FIT = """
 trainer.callbacks += [Report()] if "Report" in globals() else []
 trainer.fit(BoringModel())
@@ -32,10 +39,10 @@ def block(marker: str) -> str:
     return found
 
 
-def run(tmp_path: Path, *parts: str, launcher: tuple[str, ...] = ()) -> str:
+def run(tmp_path: Path, *parts: str, before: str = BEFORE, launcher: tuple[str, ...] = ()) -> str:
     script = tmp_path / "readme.py"
     body = "\n".join(parts).replace("\n", "\n    ")
-    script.write_text(f"{BEFORE}\nif __name__ == '__main__':\n    {body}\n")
+    script.write_text(f"{before}\nif __name__ == '__main__':\n    {body}\n")
     done = subprocess.run(
         [sys.executable, *launcher, str(script)], capture_output=True, text=True, timeout=240, cwd=tmp_path, check=False
     )
@@ -94,7 +101,8 @@ def test_the_engine_under_torchrun(tmp_path):
     start = "import torch.distributed as dist\ndist.init_process_group('gloo')"
     after = "print(f'steps: {engine.report().steps}\\n', end='')"  # in one piece: both ranks print
     torchrun = ("-m", "torch.distributed.run", "--nproc-per-node", "2")
-    assert "steps: 3" in run(tmp_path, start, MODEL, block("Engine(model"), after, launcher=torchrun)
+    parts = (start, MODEL, block("Engine(model"), after)
+    assert "steps: 3" in run(tmp_path, *parts, before=WITHOUT + BATCHES, launcher=torchrun)
 
 
 def test_settings():
