@@ -253,7 +253,9 @@ def _replacing(target: Path) -> Iterator[BinaryIO]:
             file.flush()
             os.fsync(file.fileno())
             if target.is_dir():  # while it is locked
-                Folder(temporary).replace(Folder(target))
+                former = Folder(temporary).replace(Folder(target))
+                assert former is not None
+                former.remove()
             else:
                 os.replace(temporary, target)
     except BaseException:

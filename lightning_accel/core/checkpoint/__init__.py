@@ -37,7 +37,9 @@ def save(path: str | os.PathLike[str], nest: Mapping[str, Any], *, info: dict[st
         ValueError: If another run writes there, or what is there is no checkpoint.
 
     """
-    Saver().save(path, nest, info=info)
+    saver = Saver()
+    saver.save(path, nest, info=info)
+    saver.finish()
 
 
 def load(path: str | os.PathLike[str], *, weights_only: bool = True) -> dict[str, Any]:

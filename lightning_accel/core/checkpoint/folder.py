@@ -185,16 +185,20 @@ class Folder:
         elif self._fs.exists(self.path):
             self._fs.rm(self.path, recursive=True)
 
-    def replace(self, other: Folder) -> None:
-        """Rename this to ``other``, instead of what is there; that is deleted when this is in its place.
+    def replace(self, other: Folder) -> Folder | None:
+        """Rename this to ``other``, instead of what is there.
 
         On local file systems of Linux there is no moment without one of the two. Elsewhere the former one has the name
-        of this one with ``.old`` at its end for a moment. Object stores cannot rename: there it is deleted first.
+        of this one with ``.old`` at its end. Object stores cannot rename: there it is deleted first.
+
+        Returns:
+            Where the former one is now. The caller deletes it.
+
         """
         if not self.is_local:
             other.remove()
             self._fs.mv(self.path, other.path, recursive=True)
-            return
+            return None
         former: Folder | None = None
         if not os.path.lexists(other.path):
             os.rename(self.path, other.path)
@@ -206,8 +210,16 @@ class Folder:
             os.rename(other.path, former.path)
             os.rename(self.path, other.path)
         _sync(os.path.dirname(other.path))
-        if former is not None:
-            former.remove()
+        return former
+
+    def remove_files(self, prefix: str) -> None:
+        """Delete the local files in it whose names begin so; what a link to a folder points to stays."""
+        if not self.is_local or os.path.islink(self.path):
+            return
+        with contextlib.suppress(OSError):  # somebody else deletes all of it
+            for name in os.listdir(self.path):
+                if name.startswith(prefix):
+                    os.unlink(self._file(name))
 
 
 def _sync(path: str) -> None:

@@ -72,7 +72,7 @@ class Place:
             if alive:
                 raise self._not_alone(f"run {run} is writing to it as well")
         if left.size(MANIFEST_FILE) is not None and not self.final.exists():
-            left.replace(self.final)  # killed when it was about to get its name
+            left.replace(self.final)  # killed when it was about to get its name: there is no other to delete
         else:
             left.remove()
 
@@ -93,11 +93,16 @@ class Place:
             " ModelCheckpoint, default_root_dir of the Trainer)."
         )
 
-    def complete(self, manifest: Manifest) -> None:
-        """All files are there: write the manifest, and let the checkpoint have its name."""
+    def complete(self, manifest: Manifest) -> Folder | None:
+        """All files are there: write the manifest, and let the checkpoint have its name.
+
+        Returns:
+            Where the one is now that had the name before. The caller deletes it.
+
+        """
         self.temporary.write(MANIFEST_FILE, manifest.dumps())
         self.temporary.sync()
-        self.temporary.replace(self.final)
+        return self.temporary.replace(self.final)
 
     def abandon(self) -> None:
         """Clear away what was written."""

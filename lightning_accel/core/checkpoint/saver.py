@@ -39,6 +39,7 @@ from torch.distributed.checkpoint.default_planner import DefaultSavePlanner
 from torch.distributed.checkpoint.metadata import Metadata, MetadataIndex, TensorStorageMetadata
 from torch.distributed.checkpoint.planner import SavePlan
 
+from lightning_accel.core.checkpoint.folder import Folder
 from lightning_accel.core.checkpoint.manifest import File, Manifest
 from lightning_accel.core.checkpoint.metadata import METADATA_FILE
 from lightning_accel.core.checkpoint.nest import Path, take_tensors
@@ -107,6 +108,7 @@ class Saver:
         self._last: _Plan | None = None
         self._kept: Kept | None = None
         self._thread: threading.Thread | None = None
+        self._deleting: threading.Thread | None = None
         self._error: BaseException | None = None
         self._at_exit: Finalize | None = None
         self._lock = threading.Lock()
@@ -191,7 +193,7 @@ class Saver:
                 raise first
 
     def finish(self) -> None:
-        """Wait for a save in the background.
+        """Wait for a save in the background, and until what the last save has replaced is deleted.
 
         Raises:
             Exception: What it has failed with.
@@ -200,6 +202,9 @@ class Saver:
         if self._thread is not None:
             self._thread.join()
             self._thread = None
+        if self._deleting is not None:
+            self._deleting.join()
+            self._deleting = None
         if self._at_exit is not None:
             self._at_exit.cancel()
             self._at_exit = None
@@ -317,19 +322,29 @@ class Saver:
             written = write_file(folder, f"__{self._rank}_0.distcp", trained)
             still = {index: part for index, part in task.parts.items() if index in task.frozen}
             more, kept = write_frozen(folder, f"__{self._rank}_1.distcp", still, self._kept, place.final.path)
-            folder.sync()
             return Written(written.places | more.places, written.files | more.files)
 
         error, written = _attempt(write)
         everyone = gather((written, _sendable(error)))
         _raise_failed([failed for _, failed in everyone], error, place)
+        former: str | None = None
         if self._rank == 0:
-            error, _ = _attempt(lambda: self._complete(task, [done for done, _ in everyone]))
-        _raise_failed(gather(_sendable(error)), error, place)
+            error, former = _attempt(lambda: self._complete(task, [done for done, _ in everyone]))
+        answers = gather((_sendable(error), former))
+        _raise_failed([failed for failed, _ in answers], error, place)
         self._kept = kept
+        if (left := answers[0][1]) is not None:
+            self._deleting = threading.Thread(target=self._delete, args=[Folder(left)], name="lightning_accel deletion")
+            self._deleting.start()
 
-    def _complete(self, task: _Task, everyone: list[Written]) -> None:
-        """Make a checkpoint of what all ranks have written."""
+    def _delete(self, former: Folder) -> None:
+        """Delete what was replaced, which takes about as long as writing it: nobody waits but the next save."""
+        former.remove_files(f"__{self._rank}_")
+        if self._rank == 0:
+            former.remove()
+
+    def _complete(self, task: _Task, everyone: list[Written]) -> str | None:
+        """Make a checkpoint of what all ranks have written. Returns the path of the one that it has replaced."""
         places: dict[MetadataIndex, Any] = {}
         files: dict[str, File] = {}
         for written in everyone:
@@ -340,7 +355,8 @@ class Saver:
         for name, body in ((METADATA_FILE, pickle.dumps(metadata)), (OBJECTS_FILE, task.content)):
             task.place.temporary.write(name, body)
             files[name] = File.of(body)
-        task.place.complete(Manifest(files, {**task.info, "world_size": len(everyone)}))
+        former = task.place.complete(Manifest(files, {**task.info, "world_size": len(everyone)}))
+        return None if former is None else former.path
 
     def _gather_beside(self) -> Gather:
         """Gather in the background. All ranks take part in the first call."""

@@ -64,10 +64,16 @@ def test_files(root: str) -> None:
     folder.remove()  # it is gone already
 
 
+def replace(folder: Folder, other: Folder) -> None:
+    former = folder.replace(other)
+    if former is not None:
+        former.remove()
+
+
 def test_replacing_nothing_a_folder_and_a_file(root: str) -> None:
     final = Folder(f"{root}/final")
     for content in (b"one", b"two", b"three"):
-        make(f"{root}/.new", **{"x": content, content.decode(): b""}).replace(final)
+        replace(make(f"{root}/.new", **{"x": content, content.decode(): b""}), final)
         assert final.read("x") == content
         assert final.entries() == sorted(["x", content.decode()]), "nothing of the former one is left"
         assert final.siblings() == ["final"]
@@ -75,7 +81,7 @@ def test_replacing_nothing_a_folder_and_a_file(root: str) -> None:
     make(root, final=b"a checkpoint of one file")
     assert not final.is_folder()
     assert final.size("x") is None
-    make(f"{root}/.new", x=b"four").replace(final)
+    replace(make(f"{root}/.new", x=b"four"), final)
     assert final.read("x") == b"four"
     assert final.siblings() == ["final"]
 
@@ -90,17 +96,14 @@ def test_what_is_left_of_an_earlier_attempt_is_no_obstacle(root: str) -> None:
 @pytest.mark.skipif(os.uname().sysname != "Linux", reason="names are exchanged on Linux only")
 def test_there_is_no_moment_without_a_checkpoint(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     final = make(f"{tmp_path}/final", x=b"one")
-    seen = []
-    rename, remove = os.rename, Folder.remove
-    monkeypatch.setattr(os, "rename", lambda *names: (seen.append("renamed"), rename(*names)))
-
-    def watched(self: Folder) -> None:
-        seen.append(final.read("x"))
-        remove(self)
-
-    monkeypatch.setattr(Folder, "remove", watched)
-    make(f"{tmp_path}/new", x=b"two").replace(final)
-    assert seen == [b"two"], "one step, before which the former one is there, and after which it is removed"
+    renamed = []
+    rename = os.rename
+    monkeypatch.setattr(os, "rename", lambda *names: (renamed.append(names), rename(*names)))
+    former = make(f"{tmp_path}/new", x=b"two").replace(final)
+    assert not renamed, "the names are exchanged, in one step"
+    assert final.read("x") == b"two"
+    assert former is not None
+    assert former.read("x") == b"one"
 
 
 def test_if_the_name_cannot_be_taken_the_former_one_is_still_somewhere(
@@ -130,6 +133,22 @@ def test_a_symbolic_link_is_replaced_and_not_what_it_points_to(tmp_path: Path) -
     make(f"{tmp_path}/new", x=b"two").replace(Folder(tmp_path / "final"))
     assert not (tmp_path / "final").is_symlink()
     assert (tmp_path / "final/x").read_bytes() == b"two"
+    assert (tmp_path / "kept/x").read_bytes() == b"one"
+
+
+def test_files_are_deleted_by_the_beginnings_of_their_names(tmp_path: Path) -> None:
+    folder = make(f"{tmp_path}/it", __1_0=b"", __1_1=b"", __10_0=b"", other=b"")
+    folder.remove_files("__1_")
+    assert folder.entries() == ["__10_0", "other"]
+    Folder(tmp_path / "nothing").remove_files("__1_")
+
+
+def test_what_a_link_points_to_is_not_deleted_with_it(tmp_path: Path) -> None:
+    make(f"{tmp_path}/kept", x=b"one")
+    (tmp_path / "link").symlink_to("kept", target_is_directory=True)
+    Folder(tmp_path / "link").remove_files("x")
+    Folder(tmp_path / "link").remove()
+    assert [entry.name for entry in tmp_path.iterdir()] == ["kept"]
     assert (tmp_path / "kept/x").read_bytes() == b"one"
 
 

@@ -51,7 +51,9 @@ def write(path: Path | str, number: int = 7) -> None:
     made = Place(path, this_run())
     made.begin()
     made.temporary.write("number", b"%d" % number)
-    made.complete(Manifest({"number": File.of(b"%d" % number)}, {"run": this_run(), "time": time.time()}))
+    former = made.complete(Manifest({"number": File.of(b"%d" % number)}, {"run": this_run(), "time": time.time()}))
+    if former is not None:
+        former.remove()
 
 
 def number(path: Path | str) -> int:
