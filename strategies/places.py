@@ -89,11 +89,10 @@ class Places:
 
     def find(self, fetched: int) -> Place | None:
         """Where they were when so many batches of the epoch had been fetched, if that is not long ago."""
-        now = self.now()
-        for place in reversed([*self._kept, *([] if now is None else [now])]):
-            if place.fetched == fetched:
-                return place
-        return None
+        found = next((place for place in reversed(self._kept) if place.fetched == fetched), None)
+        if found is None and (now := self.now()) is not None and now.fetched == fetched:
+            return now
+        return found
 
     def left(self, known: dict[int, int], drawn: list[int], wrapped: list[bool]) -> int | None:
         """How many batches of the epoch are left.

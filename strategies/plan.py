@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
@@ -13,7 +14,7 @@ from lightning.pytorch.utilities.combined_loader import CombinedLoader
 from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 
 from lightning_accel.core import replay, rng
-from lightning_accel.core.data_position import Shared, shared
+from lightning_accel.core.data_position import Shared, batch_size_of, shared
 from lightning_accel.strategies.progress import Position
 
 KEY = "lightning_accel"
@@ -37,11 +38,13 @@ class Plan:
     """Of this rank's random numbers."""
     train: list[dict[str, Any]] = field(default_factory=list)
     """Where the training loaders were."""
+    metrics: dict[str, Any] = field(default_factory=dict)
+    """What callbacks and schedulers could see of metrics."""
     had_workers: list[bool] = field(default_factory=list)
     """Which of the loaders for validation had persistent workers."""
     stream: rng.Stream = field(default_factory=rng.Stream)
     """Random numbers of what has yet to be done of what comes before the next batch."""
-    error: ValueError | None = None
+    error: Exception | None = None
     """Why nobody can go on."""
     left: dict[int, int] = field(default_factory=dict)
     """Batches that are left of the training loaders whose samples are shared anew, by index."""
@@ -68,6 +71,12 @@ class Plan:
         states, loaders = saved["rng"], saved["loaders"]
         state = states[rank] if rank < len(states) else None
         if state is None:
+            if rank < len(states):
+                warnings.warn(
+                    f"The checkpoint has no random numbers of rank {rank}, which did not come to save it as a rank had"
+                    " failed: its next ones differ from those that would have been.",
+                    stacklevel=2,
+                )
             state = rng.derive(states[0], rank)
         has_own = saved["world_size"] == world_size and loaders[rank] is not None
         own = loaders[rank if has_own else 0]
@@ -78,6 +87,7 @@ class Plan:
             reloaded=saved["reloaded"],
             state=state,
             train=own["train"],
+            metrics=own["metrics"],
             had_workers=own["val"],
             stream=rng.Stream(state),
         )
@@ -114,6 +124,8 @@ class Plan:
                 )
             return replay.Beginning(self.stream) if position.epoch == 0 else None
         saved = self.train[index]
+        if "made" not in saved and saved["state"] is None:  # its iterator was made when nobody watched it
+            return self._skip(loader, combined)
         if position.begins:
             if position.epoch == 0 and saved.get("drawn") == 0:
                 return replay.Beginning(rng.Stream(saved["made"]), saved, state=saved["state"])
@@ -153,7 +165,7 @@ class Plan:
 
         An error and not a warning: a run that repeats or loses samples looks like any other.
         """
-        batch_size = getattr(loader, "batch_size", None)
+        batch_size = batch_size_of(loader)
         if saved["drawn"] == 0 or (self.had == self.world_size and saved["batch_size"] == batch_size):
             return
         had = f"{self.had} ranks with batch_size={saved['batch_size']}"

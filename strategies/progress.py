@@ -37,6 +37,8 @@ class Position:
     """Whether a validation that is due after these batches is over."""
     is_counted: bool = True
     """Whether Lightning has counted the last batch for loggers."""
+    is_closed: bool = True
+    """Whether the epoch before is over, and not just its hooks: schedulers that follow a metric come after these."""
 
     @classmethod
     def of(cls, loops: Mapping[str, Any], *, validating: bool = False) -> Position:
@@ -54,7 +56,7 @@ class Position:
         # Stopped by max_steps, max_time or a callback in the middle of an epoch, which Lightning counts as a whole one.
         was_cut = not has_begun and done > 0 and epochs["processed"] > 0 and not batches["is_last_batch"]
         if not has_begun and not was_cut:
-            return cls(epoch=epochs["processed"], begins=True)
+            return cls(epoch=epochs["processed"], begins=True, is_closed=epochs["completed"] == epochs["processed"])
         seen = validation["current"]
         at_batch_end = now["completed"] < done
         is_validated = validation["is_last_batch"] and seen["completed"] == seen["ready"] > 0

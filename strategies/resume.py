@@ -9,7 +9,7 @@ What a checkpoint says beyond Lightning's own is under ``KEY``, and ``torch.load
     reloaded    the epoch in which Lightning made the training loaders, if it makes them anew
     rng         for each rank: lightning_accel.core.rng
     loaders     for each rank: "train", for each training loader lightning_accel.strategies.places; "val", for each
-                loader of validation whether it had persistent workers
+                loader of validation whether it had persistent workers; "metrics", the trainer's callback_metrics
 
 A rank that did not come to save it, as another one had failed, has None.
 
@@ -30,6 +30,7 @@ from typing import TYPE_CHECKING, Any
 import lightning.pytorch as pl
 import torch.distributed as dist
 from lightning.fabric.utilities.data import sized_len
+from lightning.pytorch.callbacks import GradientAccumulationScheduler
 from lightning.pytorch.loops.evaluation_loop import RestartStage
 from lightning.pytorch.loops.fetchers import _DataLoaderIterDataFetcher, _PrefetchDataFetcher
 from lightning.pytorch.trainer.states import RunningStage, TrainerFn
@@ -67,8 +68,10 @@ class Continuation:
     number.
 
     Not exact are random numbers that a loader's workers draw, the order of loaders with ``in_order=False``, iterable
-    datasets that draw from the same generator as training does, and ``ReduceLROnPlateau``, which Lightning leaves out
-    at the end of an epoch that was interrupted.
+    datasets that draw from the same generator as training does, and what is logged per epoch: it counts the batches
+    since the checkpoint. What callbacks set in ``on_train_epoch_start`` they must save: as under Lightning, it is not
+    called again within an epoch. A checkpoint made in ``on_fit_start`` of a run that goes on itself has no optimizer
+    state, as Lightning has not loaded it yet.
 
     A checkpoint made while gradients accumulate goes back to the first of these micro-batches, whose gradients it does
     not have. Buffers which forward passes change, as those of batch normalisation, see these micro-batches twice.
@@ -107,15 +110,16 @@ class Continuation:
             "position": asdict(position),
             "reloaded": reloaded if self._reloads and reloaded >= 0 else None,
             "rng": [entry and entry["rng"] for entry in entries],
-            "loaders": [entry and {"train": entry["train"], "val": entry["val"]} for entry in entries],
+            "loaders": [entry and {name: entry[name] for name in ("train", "val", "metrics")} for entry in entries],
         }
 
     def _now(self, position: Position) -> tuple[Position, dict[str, Any]]:
         """Where to go on from, and what of it differs between ranks."""
         places, plan = self._places, self._plan
-        own: dict[str, Any] = {"val": [] if places is None else places.have_workers()}
+        metrics = {name: value.detach().cpu().clone() for name, value in self._trainer.callback_metrics.items()}
+        own: dict[str, Any] = {"metrics": metrics, "val": [] if places is None else places.have_workers()}
         if plan is not None and plan.state is not None:  # nothing has happened yet
-            return plan.position, {**own, "rng": plan.state, "train": plan.train}
+            return plan.position, {**own, "metrics": plan.metrics, "rng": plan.state, "train": plan.train}
         state: rng.State | None = None
         place: Place | None
         if (window := self._open_window(position)) is not None:
@@ -123,8 +127,8 @@ class Continuation:
             state, place = window.state, window.place
         else:
             place = self._place(position)
-            if self._is_validating and not position.is_validated:
-                state = self._validation  # it will be done again
+            if self._trainer.sanity_checking or (self._is_validating and not position.is_validated):
+                state = self._validation  # it will be done again, or was not to change anything
         own["train"] = [] if place is None else place.positions()
         own["rng"] = rng.collect(self._strategy.root_device) if state is None else state
         return position, own
@@ -200,6 +204,12 @@ class Continuation:
         fit = self._trainer.fit_loop
         combined = fit._combined_loader
         assert combined is not None
+        self._trainer._logger_connector._callback_metrics.update(
+            {name: value.to(self._strategy.root_device) for name, value in plan.metrics.items()}
+        )
+        for callback in self._trainer.callbacks:  # type: ignore[attr-defined]
+            if isinstance(callback, GradientAccumulationScheduler) and not plan.position.begins:
+                callback.on_train_epoch_start(self._trainer)  # Lightning calls it for whole epochs only
         if plan.position.begins:
             self._start_epoch(plan)
         else:
@@ -220,6 +230,10 @@ class Continuation:
         fit.epoch_loop.restarting = False
         combined = fit._combined_loader
         assert combined is not None
+        if not plan.position.is_closed:
+            fit.epoch_progress.current.completed -= 1  # which says what epoch is over
+            fit.epoch_loop.update_lr_schedulers("epoch", update_plateau_schedulers=True)
+            fit.epoch_progress.current.completed += 1
         if plan.position.epoch == 0:
             return  # what they have made already is used
         for index, (loader, saved) in enumerate(zip(combined.flattened, plan.train)):  # noqa: B905
@@ -246,6 +260,7 @@ class Continuation:
         iterator: Any = combined._iterator
         if plan.train and hasattr(iterator, "_consumed"):
             iterator._consumed = [saved["wrapped"] for saved in plan.train]
+        fit._restarting = False  # or schedulers that follow a metric would be left out at the end of this epoch
         is_due = loop._should_check_val_fx(fetcher)
         loop.val_loop._has_run = False  # that of an earlier fit
         if is_due and not position.is_validated:
@@ -307,7 +322,9 @@ class Continuation:
         if places is None or not places.keep(drawing):
             return
         window = self._trainer.accumulate_grad_batches
-        batches = self._trainer.fit_loop.epoch_loop.batch_progress.current.ready
+        # Not those that are ready: a training_step that fetches for itself is within the batch by then.
+        progress: Any = self._trainer.fit_loop.epoch_loop.batch_progress.current
+        batches = progress.processed
         if batches % window == 0:
             place = places.find(batches)
             if place is not None:

@@ -19,16 +19,22 @@ import copy
 from collections import deque
 from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass
+from types import ModuleType
 from typing import Any, TypeVar
 
-from torch.utils.data import BatchSampler, DataLoader, DistributedSampler, Sampler
+from torch import Tensor, nn
+from torch.utils.data import BatchSampler, DataLoader, DistributedSampler
 
 from lightning_accel.core import rng
 
 T = TypeVar("T")
 
-_PARTS = ("sampler", "_sampler", "batch_sampler", "dataset")
-"""Names under which loaders, samplers and datasets keep each other."""
+_DEPTH = 6
+"""From a loader by its dataset, its datasets, one of them and its transform to a generator."""
+_MANY = 100
+"""Longer collections are data."""
+_NO_PARTS = ("_iterator", "_accel_watch")
+"""What a loader has that is none of its own: workers, and who watches it."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -172,22 +178,38 @@ def order_of(sampler: Any) -> list[Any]:
     return order
 
 
+def batch_size_of(loader: Any) -> int | None:
+    """How many samples a loader takes at a time; None if that is not known, or single samples."""
+    batch_size = getattr(loader, "batch_size", None)
+    return getattr(getattr(loader, "batch_sampler", None), "batch_size", None) if batch_size is None else batch_size
+
+
 def generators_of(loader: Any) -> list[Any]:
-    """The generators that a loader, its samplers and its dataset have for themselves, always in the same order."""
+    """The generators of a loader, its samplers, its dataset and what these keep, always in the same order.
+
+    What they keep is looked through to a depth of some objects and collections, but for modules and arrays.
+    """
     found: dict[int, Any] = {}
     seen: set[int] = set()
-    queue: deque[Any] = deque([loader])
+    queue: deque[tuple[Any, int]] = deque([(loader, 0)])
     while queue:
-        holder = queue.popleft()
-        if id(holder) in seen:
-            continue
-        seen.add(id(holder))
-        for name, value in getattr(holder, "__dict__", {}).items():
-            if rng.is_generator(value):
-                found[id(value)] = value
-            elif isinstance(value, Sampler) or name in _PARTS:
-                queue.append(value)
+        holder, depth = queue.popleft()
+        if rng.is_generator(holder):
+            found[id(holder)] = holder
+        elif id(holder) not in seen and depth < _DEPTH:
+            seen.add(id(holder))
+            queue.extend((part, depth + 1) for part in _parts(holder))
     return list(found.values())
+
+
+def _parts(holder: Any) -> list[Any]:
+    """What an object or a collection keeps that may have a generator."""
+    if isinstance(holder, (nn.Module, Tensor, type, ModuleType)) or callable(getattr(holder, "__array__", None)):
+        return []
+    kept = [value for name, value in getattr(holder, "__dict__", {}).items() if name not in _NO_PARTS]
+    if isinstance(holder, (list, tuple, dict)) and len(holder) <= _MANY:
+        kept += holder.values() if isinstance(holder, dict) else holder
+    return kept
 
 
 def set_generators(loader: Any, states: Sequence[Any]) -> None:

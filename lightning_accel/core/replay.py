@@ -37,7 +37,7 @@ from torch.utils.data import DataLoader, IterableDataset
 from typing_extensions import override
 
 from lightning_accel.core import rng
-from lightning_accel.core.data_position import generators_of, set_generators, shared
+from lightning_accel.core.data_position import batch_size_of, generators_of, set_generators, shared
 from lightning_accel.core.orders import (
     Indices,
     Opened,
@@ -123,7 +123,7 @@ class Mark:
         origin = self.origin
         return {
             "drawn": self.drawn,
-            "batch_size": getattr(origin.loader, "batch_size", None),
+            "batch_size": batch_size_of(origin.loader),
             "made": origin.made,
             "first": origin.first,
             "generators": origin.generators,

@@ -220,6 +220,16 @@ def test_generators_are_found_wherever_they_are() -> None:
     assert [id(generator) for generator in found] == [id(generator) for generator in generators_of(loader)]
 
 
+def test_generators_within_are_found_and_what_is_not_of_the_loader_is_not() -> None:
+    data = [Noisy(), {"transforms": (Jumble(), torch.nn.Dropout())}]
+    loader = DataLoader(data, batch_size=1)  # type: ignore[arg-type]
+    assert generators_of(loader) == [data[0].generator, data[1]["transforms"][0].generator]  # type: ignore[attr-defined,index]
+    module = torch.nn.Linear(1, 1)
+    module.generator = torch.Generator()  # type: ignore[assignment]
+    assert generators_of(DataLoader([module], batch_size=1)) == []  # type: ignore[arg-type]
+    assert generators_of(DataLoader([torch.Generator()] * 101, batch_size=1)) == []  # type: ignore[arg-type]
+
+
 def test_generators_are_set() -> None:
     fresh = Jumble()
     expected = random.Random(5).sample(range(6), 6)

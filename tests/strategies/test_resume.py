@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import os
 import random
 from collections import Counter
@@ -13,10 +14,20 @@ import lightning.pytorch as pl
 import numpy as np
 import pytest
 import torch
+from lightning.pytorch.callbacks import GradientAccumulationScheduler
 from lightning.pytorch.utilities.combined_loader import CombinedLoader
 from models import FEATURES, OUTPUTS, Net, trainer, values
 from torch import Tensor, nn
-from torch.utils.data import DataLoader, Dataset, IterableDataset, Sampler, get_worker_info
+from torch.utils.data import (
+    BatchSampler,
+    ConcatDataset,
+    DataLoader,
+    Dataset,
+    IterableDataset,
+    RandomSampler,
+    Sampler,
+    get_worker_info,
+)
 
 from harness import Ranks
 from lightning_accel.strategies import AccelDDPStrategy
@@ -51,6 +62,25 @@ class Plain(Augmented):
 
     def __getitem__(self, index: int) -> tuple[int, Tensor, Tensor]:
         return index, self.x[index], self.y[index]
+
+
+class Drawing(Augmented):
+    """A dataset whose transform has a generator."""
+
+    def __init__(self) -> None:
+        super().__init__(SIZE // 2)
+        self.transforms = [functools.partial(torch.rand, FEATURES), Noise()]
+
+    def __getitem__(self, index: int) -> tuple[int, Tensor, Tensor]:
+        return index, self.x[index] + self.transforms[1](), self.y[index]
+
+
+class Noise:
+    def __init__(self) -> None:
+        self.generator = torch.Generator().manual_seed(5)
+
+    def __call__(self) -> Tensor:
+        return torch.rand(FEATURES, generator=self.generator)
 
 
 class Numbers(IterableDataset[tuple[int, Tensor, Tensor]]):
@@ -96,6 +126,7 @@ LOADERS: dict[str, Callable[[int], Any]] = {
     "shuffled": shuffled,
     "workers": lambda size: shuffled(size, num_workers=2),
     "persistent workers": lambda size: shuffled(size, num_workers=1, persistent_workers=True),
+    "batch sampler": lambda size: DataLoader(Plain(), batch_sampler=BatchSampler(RandomSampler(Plain()), size, False)),
     "in order": lambda size: DataLoader(Plain(), batch_size=size),
     "less data": lambda size: DataLoader(Plain(24), batch_size=size, shuffle=True),
     "own generator": lambda size: shuffled(size, generator=torch.Generator().manual_seed(3)),
@@ -105,20 +136,22 @@ LOADERS: dict[str, Callable[[int], Any]] = {
     "dictionary": lambda size: {"a": shuffled(size), "b": DataLoader(Plain(24), batch_size=size // 2, shuffle=True)},
     "shortest of two": lambda size: CombinedLoader({"a": shuffled(size), "b": shuffled(size // 2)}, "min_size"),
     "longest of two": lambda size: CombinedLoader({"a": shuffled(size), "b": shuffled(2 * size)}, "max_size_cycle"),
+    "generators within": lambda size: DataLoader(ConcatDataset([Drawing(), Drawing()]), batch_size=size),
     "stateful": stateful,
     "stateful with workers": lambda size: stateful(size, num_workers=2),
     "stateful with persistent workers": lambda size: stateful(size, num_workers=1, persistent_workers=True),
 }
 
 
-KINDS = [kind for kind in LOADERS if kind not in ("shuffled", "in order", "less data")]
+KINDS = [kind for kind in LOADERS if kind not in ("shuffled", "in order", "less data", "batch sampler")]
 
 
 class Noisy(pl.LightningModule):
     """A net with dropout, which notes the batches that it sees and where it was saved."""
 
-    def __init__(self) -> None:
+    def __init__(self, scheduler: str = "step") -> None:
         super().__init__()
+        self.scheduler = scheduler
         self.net, self.dropout = Net(), nn.Dropout(0.3)
         self.seen: list[Any] = []
 
@@ -130,10 +163,15 @@ class Noisy(pl.LightningModule):
         return torch.stack(losses).sum()
 
     def validation_step(self, batch: Any, batch_idx: int) -> None:
-        self.seen.append(("validation", self.current_epoch, batch_idx, torch.rand(()).item()))
+        drawn = torch.rand(())
+        self.seen.append(("validation", self.current_epoch, batch_idx, drawn.item()))
+        self.log("drawn", drawn)
 
     def configure_optimizers(self) -> Any:
         optimizer = torch.optim.AdamW(self.parameters(), lr=0.02)
+        if self.scheduler == "plateau":
+            plateau = torch.optim.lr_scheduler.ReduceLROnPlateau(optimizer, "max", factor=0.1, patience=0, threshold=9)
+            return {"optimizer": optimizer, "lr_scheduler": {"scheduler": plateau, "monitor": "drawn"}}
         scheduler = torch.optim.lr_scheduler.ExponentialLR(optimizer, 0.97)
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
 
@@ -168,6 +206,8 @@ def train(
     validate: bool = True,
     loaders: str = "shuffled",
     batch_size: int | None = None,
+    scheduler: str = "step",
+    factors: dict[int, int] | None = None,
     **arguments: Any,
 ) -> Result:
     """Train a Noisy; its random numbers begin with ``seed`` and this rank."""
@@ -179,11 +219,14 @@ def train(
     torch.manual_seed(seed)
     random.seed(seed)
     np.random.seed(seed)
-    module = Noisy()
+    module = Noisy(scheduler)
     used = trainer(
         strategy,
         devices=ranks,
-        callbacks=[] if save is None else [SaveOnce(*save)],
+        callbacks=[
+            *([] if save is None else [SaveOnce(*save)]),
+            *([] if factors is None else [GradientAccumulationScheduler(factors)]),
+        ],
         **{"max_epochs": 3, "gradient_clip_val": 0.5, **arguments},
     )
     val_loader = DataLoader(Augmented(), batch_size=2 * batch_size) if validate else None
@@ -241,6 +284,7 @@ SETTINGS: dict[str, dict[str, Any]] = {
     "limited": {"limit_train_batches": 3},
     "reloaded": {"reload_dataloaders_every_n_epochs": 1},
     "several epochs": {"val_check_interval": 3, "check_val_every_n_epoch": None},
+    "plateau": {"scheduler": "plateau"},
     "own generator": {"loaders": "own generator", "use_distributed_sampler": False},
     "workers": {"loaders": "workers"},
     "persistent workers": {"loaders": "persistent workers"},
@@ -387,6 +431,15 @@ def test_loaders_of_any_kind_are_shared_by_other_ranks(kind: str, ranks2: Ranks,
         assert samples(second, 1, batch) == samples([first], 1, batch)
 
 
+@pytest.mark.parametrize("hook", ["on_train_batch_end", "on_validation_end", "on_train_epoch_end"])
+def test_schedulers_that_follow_a_metric_go_on_exactly(hook: str, tmp_path: Path) -> None:
+    assert_exact(tmp_path / "saved.ckpt", hook, 1, 4, scheduler="plateau")
+
+
+def test_an_accumulation_that_changes_with_epochs_goes_on_exactly(tmp_path: Path) -> None:
+    assert_exact(tmp_path / "saved.ckpt", "on_train_batch_end", 1, 2, factors={0: 1, 1: 2})
+
+
 # ------------------------------------------------------------------------- what nobody can go on from
 
 
@@ -401,6 +454,13 @@ def test_a_sampler_whose_order_nobody_knows_cannot_be_shared_anew(ranks2: Ranks,
         assert kind == "ValueError"
         assert "Expected 1 ranks with batch_size=12" in message
         assert "Resume on 1 ranks with batch_size=12, or from a checkpoint of the end of an epoch" in message
+
+
+def test_another_batch_size_of_a_users_batch_sampler_is_an_error(tmp_path: Path) -> None:
+    settings: dict[str, Any] = {"use_distributed_sampler": False, "loaders": "batch sampler"}
+    path = saved_within_an_epoch(tmp_path, **settings)
+    with pytest.raises(ValueError, match="Expected 1 ranks with batch_size=12.* got 1 with batch_size=6"):
+        train("accel_ddp", ckpt_path=path, batch_size=6, **settings)
 
 
 def test_another_number_of_loaders_is_an_error(tmp_path: Path) -> None:
