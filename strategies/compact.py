@@ -10,6 +10,8 @@ from typing import Any
 from lightning_utilities.core.apply_func import apply_to_collection
 from torch import Tensor
 
+from lightning_accel.core.checkpoint import StoredTensor
+
 
 def compact(checkpoint: Any) -> Any:
     """Copy tensors that use only a part of the memory they view.
@@ -28,6 +30,8 @@ def compact(checkpoint: Any) -> Any:
     seen: set[tuple[int, int, int]] = set()
 
     def count(tensor: Tensor) -> Tensor:
+        if isinstance(tensor, StoredTensor):
+            return tensor
         storage = tensor.untyped_storage()
         place = (storage.data_ptr(), int(tensor.storage_offset()), tensor.numel())
         if place not in seen:  # tied parameters are in the file once
@@ -36,6 +40,8 @@ def compact(checkpoint: Any) -> Any:
         return tensor
 
     def compacted(tensor: Tensor) -> Tensor:
+        if isinstance(tensor, StoredTensor):
+            return tensor
         storage = tensor.untyped_storage()
         # Padding is at most a few KiB a unit; anything more is memory of tensors that are not saved.
         wasteful = storage.nbytes() - used[storage.data_ptr()] > max(4096, storage.nbytes() // 100)

@@ -18,7 +18,8 @@ from typing_extensions import override
 from lightning_accel.core import Engine
 from lightning_accel.core.checkpoint import is_directory, load
 from lightning_accel.core.checkpoint.engine_state import load_model, model_shards, optimizer_shards, prepare_model
-from lightning_accel.plugins.checkpoint_io import with_default
+from lightning_accel.core.collecting import Collecting
+from lightning_accel.plugins.checkpoint_io import AccelCheckpointIO, with_default
 from lightning_accel.plugins.precision import engine_optimizer
 from lightning_accel.strategies.checkpoints import Checkpoints, only_one
 from lightning_accel.strategies.compact import compact
@@ -73,6 +74,14 @@ class SavingFabricStrategy(DDPStrategy):
             info = {"step": step} if isinstance(step, int) else {}
             self._checkpoints.save(path, self._in_parts(state, filter or {}), info)
             return
+        collecting: Collecting | None = None
+        if not filter and type(self.checkpoint_io) is AccelCheckpointIO:  # else somebody may look at values
+            state = dict(state)
+            for key, value in state.items():
+                added = engine_optimizer(value) if isinstance(value, Optimizer) else None
+                if added is not None:
+                    collecting = collecting or Collecting(added.engine.collectives)
+                    state[key] = added.state_dict(collecting)
         converted = self._convert_stateful_objects_in_state(state, filter=(filter or {}))
 
         def write() -> None:
@@ -81,7 +90,7 @@ class SavingFabricStrategy(DDPStrategy):
                     checkpoint=compact(converted), path=path, storage_options=storage_options
                 )
 
-        unanimous("saving a checkpoint", write)
+        unanimous("saving a checkpoint", write if collecting is None else partial(collecting.run, write))
 
     def _in_parts(self, state: dict[str, Any], filter: dict[str, Callable[[str, Any], bool]]) -> dict[str, Any]:
         """What is to be saved, with this rank's parts of models and optimizers."""

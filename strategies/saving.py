@@ -8,20 +8,23 @@ from functools import partial
 from typing import Any
 
 from lightning.fabric.plugins import CheckpointIO
+from lightning.pytorch.callbacks import Callback
 from lightning.pytorch.core.optimizer import LightningOptimizer
 from lightning.pytorch.strategies import DDPStrategy
 from lightning.pytorch.strategies.launchers import _SubprocessScriptLauncher
 from lightning.pytorch.trainer.states import TrainerStatus
+from lightning.pytorch.utilities.model_helpers import is_overridden
 from torch.optim import Optimizer
 from typing_extensions import override
 
 from lightning_accel.core import Engine, Rest
 from lightning_accel.core.checkpoint import StoredTensor, is_directory, load
 from lightning_accel.core.checkpoint.engine_state import load_model, model_shards, optimizer_shards
+from lightning_accel.core.collecting import Collecting
 from lightning_accel.core.materialise import has_meta
 from lightning_accel.core.placement import Row
 from lightning_accel.core.registry import engines_of
-from lightning_accel.plugins.checkpoint_io import with_default
+from lightning_accel.plugins.checkpoint_io import AccelCheckpointIO, with_default
 from lightning_accel.plugins.precision import engine_optimizer
 from lightning_accel.strategies.checkpoints import Checkpoints
 from lightning_accel.strategies.compact import compact
@@ -53,6 +56,7 @@ class SavingStrategy(DDPStrategy):
     _failed: bool
     _was_set_up: bool
     _awaited: tuple[dict[str, Any], bool] | None
+    _collecting: Collecting | None = None
 
     @property
     @override
@@ -73,6 +77,7 @@ class SavingStrategy(DDPStrategy):
         Sharded: this rank's parts. Full: ``{}`` on ranks but 0 where no rank has it whole. When the model has been
         given back whole, it is what the model has.
         """
+        self._collecting = None  # of a checkpoint that nobody has saved
         if self.row.optimizer_state is Rest.SHARDED or self._checkpoints.are_sharded:
             self._require_peers()
         engines = self._open_engines()
@@ -120,12 +125,32 @@ class SavingStrategy(DDPStrategy):
         """The state of an optimizer, as it is to be saved.
 
         Sharded: this rank's parts, by names of parameters. Full: of whole parameters on rank 0; on the others as well
-        if it rests replicated, else ``{}``.
+        if it rests replicated, else ``{}``. If nothing is to look at it but what writes it to the file, tensors that
+        rest sharded come from their ranks when they are written; see [Note: collected when its turn comes].
         """
         added = engine_optimizer(unwrap(optimizer))
         if self._checkpoints.are_sharded and added is not None:
             return optimizer_shards(added)
+        if added is not None and self._is_looked_at_by_nobody:
+            self._collecting = self._collecting or Collecting(added.engine.collectives)
+            return added.state_dict(self._collecting)
         return unwrap(optimizer).state_dict()
+
+    @property
+    def _is_looked_at_by_nobody(self) -> bool:
+        """Whether all that happens to a checkpoint's values is that they are written to a file of ours, at once."""
+        if self._is_interrupted or type(self.checkpoint_io) is not AccelCheckpointIO:
+            return False
+        module = self.lightning_module
+        assert module is not None
+        hook = "on_save_checkpoint"
+        if is_overridden(hook, module):
+            return False
+        data = module.trainer.datamodule  # type: ignore[attr-defined]
+        callbacks = module.trainer.callbacks  # type: ignore[attr-defined]
+        return not (data is not None and is_overridden(hook, data)) and not any(
+            is_overridden(hook, callback, parent=Callback) for callback in callbacks
+        )
 
     @override
     def load_optimizer_state_dict(self, checkpoint: Mapping[str, Any]) -> None:
@@ -152,12 +177,15 @@ class SavingStrategy(DDPStrategy):
             self._checkpoints.save(filepath, checkpoint, info)
             return
         save = super().save_checkpoint
+        collecting, self._collecting = self._collecting, None
 
         def write() -> None:
             if self.is_global_zero:
                 save(compact(checkpoint), filepath, storage_options)
 
-        if self._is_interrupted:
+        if collecting is not None:
+            unanimous("saving a checkpoint", partial(collecting.run, write))
+        elif self._is_interrupted:
             write()  # some ranks may have ended: those that have not meet at the barrier that follows
         else:
             unanimous("saving a checkpoint", write)

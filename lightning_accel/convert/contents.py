@@ -9,8 +9,6 @@ from typing import Any
 
 from torch import Tensor
 
-from lightning_accel.core.checkpoint import StoredTensor
-
 Path = tuple[str | int, ...]
 """Keys of dictionaries and indices of lists, from the outermost on."""
 
@@ -81,13 +79,6 @@ def model_in(nest: Mapping[str, Any], where: str) -> Mapping[str, Any]:
             f" {sorted(models) or 'none'} among {sorted(map(str, nest))}."
         )
     return next(iter(models.values()))
-
-
-def identity(tensor: Tensor) -> tuple[Any, ...]:
-    """Equal for tensors that share all their memory, as tied parameters do."""
-    if isinstance(tensor, StoredTensor) or not tensor.numel():
-        return (id(tensor),)
-    return tensor.untyped_storage().data_ptr(), tensor.storage_offset(), tensor.shape, tensor.stride(), tensor.dtype
 
 
 def walk(value: Any, path: Path = ()) -> Iterator[tuple[Path, Any]]:

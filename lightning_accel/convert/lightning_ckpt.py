@@ -8,8 +8,8 @@ from typing import Any
 
 from lightning_accel.convert.contents import Contents, lightning_version, optimizers_in
 from lightning_accel.convert.output import new_file
-from lightning_accel.convert.streamed_save import streamed_save
 from lightning_accel.convert.trusted import load_file
+from lightning_accel.core.checkpoint.streamed_save import streamed_save
 
 VERSION_KEY = "pytorch-lightning_version"
 

@@ -20,9 +20,10 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from lightning_accel.convert.contents import Contents, identity
+from lightning_accel.convert.contents import Contents
 from lightning_accel.convert.output import new_file, new_folder
 from lightning_accel.core.checkpoint import StoredTensor
+from lightning_accel.core.checkpoint.streamed_save import identity
 
 FILE = "model.safetensors"
 INDEX_FILE = "model.safetensors.index.json"

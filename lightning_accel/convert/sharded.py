@@ -14,7 +14,7 @@ from typing import Any, cast
 import torch
 from torch import Tensor
 
-from lightning_accel.convert.contents import Contents, identity, is_model, is_optimizer, optimizers_in
+from lightning_accel.convert.contents import Contents, is_model, is_optimizer, optimizers_in
 from lightning_accel.convert.lightning_ckpt import VERSION_KEY, writer_of
 from lightning_accel.convert.trusted import load_file
 from lightning_accel.core.checkpoint import Reader, StoredTensor, load, open_dcp, save
@@ -22,6 +22,7 @@ from lightning_accel.core.checkpoint.boxes import Box
 from lightning_accel.core.checkpoint.manifest import MANIFEST_FILE
 from lightning_accel.core.checkpoint.metadata import METADATA_FILE
 from lightning_accel.core.checkpoint.reader import OBJECTS_FILE
+from lightning_accel.core.checkpoint.streamed_save import identity
 
 _OPTIMIZER = re.compile(r"optimizer_(\d+)")
 _RANK_FILE = re.compile(r"__(\d+)_\d+\.distcp")

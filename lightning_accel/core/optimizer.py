@@ -35,6 +35,7 @@ from lightning_accel.core.unanimous import unanimous
 from lightning_accel.core.unit import Content, Unit
 
 if TYPE_CHECKING:
+    from lightning_accel.core.collecting import Collecting
     from lightning_accel.core.engine import Engine
 
 _ELEMENTWISE: set[type[Optimizer]] = {
@@ -466,16 +467,21 @@ class EngineOptimizer:
 
     # ------------------------------------------------------------------- state
 
-    def state_dict(self) -> dict[str, Any]:
+    def state_dict(self, later: Collecting | None = None) -> dict[str, Any]:
         """The optimizer's state by whole parameters, in torch's format: it loads in any optimizer of the class.
 
         Where optimizer state rests sharded, all ranks must call this together; rank 0 gets the state, others ``{}``.
+
+        Args:
+            later: Tensors that rest sharded are put together when their values are asked for.
+
         """
         if not self._released:
             self.refresh()
             self.engine.build()
         # Other copies of the model state have the same.
-        full = optimizer_state.gather(self) if self.engine.mesh.is_first_copy or not self.sharded else None
+        is_asked = self.engine.mesh.is_first_copy or not self.sharded or later is not None
+        full = optimizer_state.gather(self, later) if is_asked else None
         if full is None:
             return {}
         # Some optimizers keep values of their own under names.

@@ -10,6 +10,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -24,6 +25,7 @@ from lightning_accel.core.layout import Layout, Piece
 from lightning_accel.core.segment import Segment
 
 if TYPE_CHECKING:
+    from lightning_accel.core.collecting import Collecting
     from lightning_accel.core.optimizer import EngineOptimizer
 
 
@@ -42,8 +44,25 @@ class _Entry:
     others: dict[str, Any] = field(default_factory=dict)
 
 
-def gather(optimizer: EngineOptimizer) -> dict[nn.Parameter, dict[str, Any]] | None:
+@dataclass(frozen=True)
+class _Part:
+    """Where a part of a parameter's state is."""
+
+    source: int
+    """The rank that has it."""
+    position: int
+    """Of the entry, among the rank's."""
+    entry: _Entry
+    piece: Piece
+
+
+def gather(optimizer: EngineOptimizer, later: Collecting | None = None) -> dict[nn.Parameter, dict[str, Any]] | None:
     """The state of whole parameters, on the CPU where it came from other ranks; one tensor at a time is sent.
+
+    Args:
+        optimizer: Whose state.
+        later: If state rests sharded, tensors are put together when their values are asked for. All ranks of all copies
+            call this together then.
 
     Returns:
         State by parameter, on every rank where optimizer state rests replicated; else on the first rank of each copy of
@@ -58,6 +77,9 @@ def gather(optimizer: EngineOptimizer) -> dict[nn.Parameter, dict[str, Any]] | N
     full: dict[nn.Parameter, dict[str, Any]] = {p: dict(values) for p, values in optimizer.waiting_state.items()}
     everyone = collectives.gather_objects(entries) if optimizer.sharded else [entries]
     keeps = collectives.rank == 0 or not optimizer.sharded
+    if later is not None and optimizer.sharded:
+        _add(full, optimizer, later, mine, everyone)
+        return full if keeps and optimizer.engine.mesh.is_first_copy else None
     for source, theirs in enumerate(everyone):
         for position, entry in enumerate(theirs):
             unit = units[entry.unit]
@@ -75,6 +97,57 @@ def gather(optimizer: EngineOptimizer) -> dict[nn.Parameter, dict[str, Any]] | N
                         {key: copied(value) for key, value in entry.others.items()}
                     )
     return full if keeps else None
+
+
+def _add(
+    full: dict[nn.Parameter, dict[str, Any]],
+    optimizer: EngineOptimizer,
+    later: Collecting,
+    mine: Sequence[Segment],
+    everyone: Sequence[Sequence[_Entry]],
+) -> None:
+    """Have all tensors of the state put together later."""
+    parts: dict[tuple[nn.Parameter, str], list[_Part]] = {}
+    units = optimizer.units
+    for source, theirs in enumerate(everyone):
+        for position, entry in enumerate(theirs):
+            for piece in entry.pieces:
+                parameter = units[entry.unit].parameters[piece.slot]
+                full.setdefault(parameter, {}).update({key: copied(value) for key, value in entry.others.items()})
+                for key in entry.tensors:
+                    parts.setdefault((parameter, key), []).append(_Part(source, position, entry, piece))
+    for (parameter, key), pieces in parts.items():
+        shape, dtype = pieces[0].entry.tensors[key]
+        shape = shape if pieces[0].entry.whole else parameter.shape
+        job = partial(_put_together, optimizer, mine, parameter, key, pieces)
+        full[parameter][key] = later.add(job, shape, dtype)
+
+
+def _put_together(
+    optimizer: EngineOptimizer, mine: Sequence[Segment], parameter: nn.Parameter, key: str, parts: Sequence[_Part]
+) -> Tensor | None:
+    """One state value of a parameter, on rank 0."""
+    mesh = optimizer.engine.mesh
+    if not mesh.is_first_copy:
+        return None
+    whole: Tensor | None = None
+    for part in parts:
+        shape, dtype = part.entry.tensors[key]
+        length = part.piece.stop - part.piece.start
+        value = optimizer.optimizer.state[mine[part.position].tensor][key] if part.source == mesh.shard.rank else None
+        if part.entry.whole:
+            whole = _on_first(mesh.shard, part.source, value, shape, dtype)
+            continue
+        begin = part.piece.start - part.entry.pieces[0].start
+        value = None if value is None else value[begin : begin + length]
+        sent = _on_first(mesh.shard, part.source, value, torch.Size([length]), dtype)
+        if sent is not None:
+            if whole is None:
+                whole = torch.empty_strided(parameter.shape, parameter.stride(), dtype=dtype)
+            slot = optimizer.units[part.entry.unit].layout.slots[part.piece.slot]
+            start = part.piece.start - slot.start
+            whole.as_strided((slot.numel,), (1,))[start : start + length] = sent
+    return whole
 
 
 def _on_first(

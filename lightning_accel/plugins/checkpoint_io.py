@@ -31,10 +31,14 @@ import torch
 from lightning.fabric.plugins import CheckpointIO, TorchCheckpointIO
 from lightning.fabric.utilities.cloud_io import _is_local_file_protocol, get_filesystem
 from lightning.pytorch.plugins.io.wrapper import _WrappingCheckpointIO
+from torch import Tensor
+from torch.utils._pytree import tree_leaves
 from typing_extensions import override
 
+from lightning_accel.core.checkpoint import StoredTensor
 from lightning_accel.core.checkpoint.folder import Folder
 from lightning_accel.core.checkpoint.place import require_replaceable
+from lightning_accel.core.checkpoint.streamed_save import can_be_streamed, streamed_save
 
 _SUFFIX = ".accel-tmp"
 _CHUNK_BYTES = 2**20
@@ -57,7 +61,7 @@ class AccelCheckpointIO(TorchCheckpointIO):
         """Write a checkpoint. See [Note: how a file is replaced].
 
         Args:
-            checkpoint: What ``torch.save`` can save.
+            checkpoint: What ``torch.save`` can save. Of tensors that are a ``StoredTensor`` one at a time is in memory.
             path: Where to. Missing folders are made.
             storage_options: Refused, as by Lightning.
 
@@ -77,7 +81,7 @@ class AccelCheckpointIO(TorchCheckpointIO):
             with _replacing(target) as file:
                 stream = _Stream(file)
                 try:
-                    torch.save(checkpoint, cast("BinaryIO", stream))
+                    _save(checkpoint, cast("BinaryIO", stream))
                 except Exception:
                     if stream.failure is not None:  # torch makes another error of it
                         raise stream.failure from None
@@ -240,6 +244,15 @@ class _Stream:
 
     def flush(self) -> None:
         self._file.flush()
+
+
+def _save(checkpoint: dict[str, Any], stream: BinaryIO) -> None:
+    tensors = [leaf for leaf in tree_leaves(checkpoint) if isinstance(leaf, Tensor)]
+    stored = any(isinstance(tensor, StoredTensor) for tensor in tensors)
+    if stored and all(can_be_streamed(tensor) for tensor in tensors):
+        streamed_save(checkpoint, stream, lambda nbytes: None)
+    else:
+        torch.save(checkpoint, stream)
 
 
 @contextlib.contextmanager

@@ -193,31 +193,48 @@ class Watch(pl.Callback):
         _, self.sent = engine.collectives.traffic.take()
 
 
-def watched(path: Path) -> Watch:
-    watch = Watch(path)
+class Looking(Watch):
+    """Has a hook that may look at the checkpoint."""
+
+    def on_save_checkpoint(self, trainer: pl.Trainer, pl_module: pl.LightningModule, checkpoint: Any) -> None:
+        self.seen = [value for entry in checkpoint["optimizer_states"][0].get("state", {}).values() for value in entry]
+
+
+def watched(path: Path, kind: type[Watch]) -> Watch:
+    watch = kind(path)
     make("fsdp", callbacks=[watch], max_steps=2).fit(Wide(), loader())
     return watch
 
 
-def test_saving_sends_each_part_once_and_holds_no_second_copy(ranks2: Ranks, tmp_path: Path) -> None:
-    first, second = ranks2.run(watched, tmp_path / "one.ckpt")
+@pytest.mark.parametrize("kind", [Watch, Looking])
+def test_saving_sends_each_part_once_and_holds_one_tensor_of_optimizer_state(
+    ranks2: Ranks, kind: type[Watch], tmp_path: Path
+) -> None:
+    first, second = ranks2.run(watched, tmp_path / "one.ckpt", kind)
     saved = torch.load(tmp_path / "one.ckpt")
     states = [value for entry in saved["optimizer_states"][0]["state"].values() for value in entry.values()]
-    whole = sum(nbytes(value) for value in [*saved["state_dict"].values(), *states] if value.dim())
-    assert first.sent == {"gather": 0}
+    states = [value for value in states if value.dim()]
+    model = sum(map(nbytes, saved["state_dict"].values()))
+    whole = model + sum(map(nbytes, states))
+    # Which tensor is next, and that there is none: numbers of 8 bytes.
+    told = {"broadcast": 8 * (len(states) + 1)} if kind is Watch else {}
+    assert first.sent == {"gather": 0, **told}
+    assert second.sent.pop("broadcast", 0) == 0
     assert second.sent == {"gather": second.expected}
     assert first.expected + second.expected == whole
     # Random numbers of both ranks, some kilobytes each.
-    whole_and_random = whole + sum(map(nbytes, filter(torch.is_tensor, tree_leaves(saved["lightning_accel"]))))
+    random = sum(map(nbytes, filter(torch.is_tensor, tree_leaves(saved["lightning_accel"]))))
     tensor, small = 8 * WIDTH * WIDTH, 16384
     assert small < tensor
-    # On rank 0 the checkpoint, once.
-    assert whole <= min(first.while_written)
-    assert max(first.while_written) < whole_and_random + tensor
+    # On rank 0 the model, a tensor that is put together and one that is written; or all of it, if a hook may look.
+    held = whole if kind is Looking else model
+    assert held <= min(first.while_written)
+    assert max(first.while_written) < held + random + (2 * tensor if kind is Watch else tensor) + small
+    assert held + 2 * tensor + small < whole or kind is Looking
     assert second.while_written == []
     for watch in (first, second):
         assert watch.after < small
-    assert (tmp_path / "one.ckpt").stat().st_size < whole_and_random + 2 * small
+    assert (tmp_path / "one.ckpt").stat().st_size < whole + random + 2 * small
 
 
 # ------------------------------------------------------------------ after a load

@@ -10,7 +10,7 @@ An operation that changes it in place, or returns a view of it, has it kept from
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
@@ -18,16 +18,23 @@ from torch.utils._pytree import tree_map
 
 from lightning_accel.core.checkpoint.boxes import Box
 
-if TYPE_CHECKING:
-    from lightning_accel.core.checkpoint.reader import Reader
-
 _ALIASES = (torch.ops.aten.detach.default, torch.ops.aten.alias.default)
+
+
+class Keeper(Protocol):
+    """Where tensors are: a ``Reader``, say."""
+
+    def boxes(self, key: str) -> list[Box]:
+        """The boxes that a tensor is stored as."""
+
+    def fill(self, key: str, targets: Sequence[tuple[Box, Tensor]]) -> None:
+        """Read parts of a tensor; see ``StoredTensor.fill``."""
 
 
 class _Source:
     """Where a tensor is, or its values once they must be kept."""
 
-    def __init__(self, reader: Reader, key: str, shape: Sequence[int], dtype: torch.dtype) -> None:
+    def __init__(self, reader: Keeper, key: str, shape: Sequence[int], dtype: torch.dtype) -> None:
         self.reader = reader
         self.key = key
         self.shape = torch.Size(shape)
@@ -56,7 +63,7 @@ class StoredTensor(Tensor):
     _source: _Source
 
     @staticmethod
-    def __new__(cls, reader: Reader, key: str, shape: Sequence[int], dtype: torch.dtype) -> StoredTensor:
+    def __new__(cls, reader: Keeper, key: str, shape: Sequence[int], dtype: torch.dtype) -> StoredTensor:
         """Make one that reads from the files."""
         return cls._of(_Source(reader, key, shape, dtype))
 

@@ -20,8 +20,7 @@ from torch import Tensor
 from torch.serialization import get_crc32_options
 from typing_extensions import override
 
-from lightning_accel.convert.contents import identity
-from lightning_accel.core.checkpoint import StoredTensor
+from lightning_accel.core.checkpoint.stored import StoredTensor
 
 _ALIGNMENT = 64
 """Of storages in the file, so that they can be mapped."""
@@ -63,6 +62,19 @@ def streamed_save(nest: Any, stream: IO[bytes], done: Callable[[int], None]) -> 
     finally:
         writer.write_end_of_file()  # or the writer would do it when nobody can catch what goes wrong
     guarded.check()
+
+
+def identity(tensor: Tensor) -> tuple[Any, ...]:
+    """Equal for tensors that share all their memory, as tied parameters do."""
+    if isinstance(tensor, StoredTensor) or not tensor.numel():
+        return (id(tensor),)
+    return tensor.untyped_storage().data_ptr(), tensor.storage_offset(), tensor.shape, tensor.stride(), tensor.dtype
+
+
+def can_be_streamed(tensor: Tensor) -> bool:
+    """Whether a tensor is nothing but its values."""
+    plain = type(tensor) in (Tensor, torch.nn.Parameter, StoredTensor)
+    return plain and tensor.layout is torch.strided and not tensor.is_quantized and not tensor.is_nested
 
 
 class _Guarded:
@@ -119,8 +131,7 @@ class _Pickler(pickle.Pickler):
         """How a tensor is made."""
         if not isinstance(obj, Tensor):
             return NotImplemented
-        plain = type(obj) in (Tensor, torch.nn.Parameter, StoredTensor)
-        if not plain or obj.layout is not torch.strided or obj.is_quantized or obj.is_nested:
+        if not can_be_streamed(obj):
             raise ValueError(
                 f"Expected plain tensors, got one of class {type(obj).__name__}, layout {obj.layout}, dtype {obj.dtype}"
                 f" and shape {tuple(obj.shape)}. Save its dense values instead."

@@ -12,13 +12,13 @@ from typing import Any, cast
 
 import pytest
 import torch
-from checkpoints import assert_same, trainer_checkpoint
 from torch import Tensor
 
+from convert.checkpoints import assert_same, trainer_checkpoint
 from lightning_accel.convert.joined import join
-from lightning_accel.convert.streamed_save import streamed_save
 from lightning_accel.core.checkpoint import StoredTensor
 from lightning_accel.core.checkpoint.boxes import Box
+from lightning_accel.core.checkpoint.streamed_save import streamed_save
 
 
 def saved(nest: Any) -> bytes:
