@@ -277,7 +277,8 @@ def watched(width: int) -> tuple[int, int, int]:
 def test_rank_0_has_the_model_and_the_others_nothing(ranks2: Ranks, width: int) -> None:
     model, small = BLOCKS * unit_bytes(width), 4096
     (peak, there, after), (other_peak, other_there, other_after) = ranks2.run(watched, width)
-    assert model <= there < model + small
+    # Small tensors that were there before may be gone: of agreements with other ranks that were still under way.
+    assert abs(there - model) < small
     assert peak < model + small, "tensors are put together where they stay"
     for nothing in (after, other_peak, other_there, other_after):
         assert nothing < small
