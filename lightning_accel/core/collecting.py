@@ -37,6 +37,7 @@ class Collecting:
     def __init__(self, ranks: Collectives) -> None:
         self._ranks = ranks
         self._jobs: list[Callable[[], Tensor | None]] = []
+        self._shapes: list[Sequence[int]] = []
         self._is_running = False
 
     def add(self, job: Callable[[], Tensor | None], shape: Sequence[int], dtype: torch.dtype) -> StoredTensor:
@@ -49,6 +50,7 @@ class Collecting:
 
         """
         self._jobs.append(job)
+        self._shapes.append(shape)
         return StoredTensor(self, str(len(self._jobs) - 1), shape, dtype)
 
     def run(self, action: Callable[[], T]) -> T | None:
@@ -72,8 +74,8 @@ class Collecting:
             self._tell(_NO_MORE)
 
     def boxes(self, key: str) -> list[Box]:
-        """For ``StoredTensor``, which asks for all of a tensor only."""
-        raise NotImplementedError
+        """For ``StoredTensor``: all of a tensor is put together at once."""
+        return [Box.whole(self._shapes[int(key)])]
 
     def fill(self, key: str, targets: Sequence[tuple[Box, Tensor]]) -> None:
         """For ``StoredTensor``.

@@ -38,7 +38,8 @@ def both_ways(row: str, make: Callable[[Any], torch.optim.Optimizer], **options:
     at_once = _values(added.state_dict())
     later = Collecting(engine.collectives)
     waiting = _values(added.state_dict(later))
-    stored = sum(isinstance(value, StoredTensor) for value in waiting.values())
+    stored = [value for value in waiting.values() if isinstance(value, StoredTensor)]
+    assert all(box.sizes == value.shape for value in stored for box in value.boxes)
 
     def read() -> Values:
         found = {}
@@ -49,7 +50,7 @@ def both_ways(row: str, make: Callable[[Any], torch.optim.Optimizer], **options:
 
     one_by_one = later.run(read) or {}
     engine.close()
-    return at_once, one_by_one, stored
+    return at_once, one_by_one, len(stored)
 
 
 def _values(state: dict[str, Any]) -> Values:
