@@ -57,6 +57,8 @@ class SavingStrategy(DDPStrategy):
     _was_set_up: bool
     _awaited: tuple[dict[str, Any], bool] | None
     _collecting: Collecting | None = None
+    _collects: bool | None = None
+    _is_dumping: bool = False  # the model's state was taken, and the checkpoint is not saved yet
 
     @property
     @override
@@ -77,7 +79,8 @@ class SavingStrategy(DDPStrategy):
         Sharded: this rank's parts. Full: ``{}`` on ranks but 0 where no rank has it whole. When the model has been
         given back whole, it is what the model has.
         """
-        self._collecting = None  # of a checkpoint that nobody has saved
+        self._collecting, self._collects = None, None  # of a checkpoint that nobody has saved
+        self._is_dumping = True
         if self.row.optimizer_state is Rest.SHARDED or self._checkpoints.are_sharded:
             self._require_peers()
         engines = self._open_engines()
@@ -131,10 +134,16 @@ class SavingStrategy(DDPStrategy):
         added = engine_optimizer(unwrap(optimizer))
         if self._checkpoints.are_sharded and added is not None:
             return optimizer_shards(added)
-        if added is not None and self._is_looked_at_by_nobody:
+        if added is not None and added.sharded and self._is_dumping and self._collects_later(added.engine):
             self._collecting = self._collecting or Collecting(added.engine.collectives)
             return added.state_dict(self._collecting)
         return unwrap(optimizer).state_dict()
+
+    def _collects_later(self, engine: Engine) -> bool:
+        """Whether optimizer state is collected when it is written: if no rank has anybody who may look at it."""
+        if self._collects is None:
+            self._collects = all(engine.collectives.gather_objects(self._is_looked_at_by_nobody))
+        return self._collects
 
     @property
     def _is_looked_at_by_nobody(self) -> bool:
@@ -169,6 +178,7 @@ class SavingStrategy(DDPStrategy):
 
     @override
     def save_checkpoint(self, checkpoint: dict[str, Any], filepath: Any, storage_options: Any | None = None) -> None:
+        self._is_dumping = False
         self._continuation.add_to(checkpoint)
         if self._checkpoints.are_sharded:
             if storage_options is not None:

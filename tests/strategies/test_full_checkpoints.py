@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import os
 import re
 from pathlib import Path
 from typing import Any
@@ -235,6 +236,36 @@ def test_saving_sends_each_part_once_and_holds_one_tensor_of_optimizer_state(
     for watch in (first, second):
         assert watch.after < small
     assert (tmp_path / "one.ckpt").stat().st_size < whole + random + 2 * small
+
+
+def looked_at_on_one_rank(path: Path) -> int:
+    kind = Looking if int(os.environ["RANK"]) == 1 else Watch
+    make("fsdp", callbacks=[kind(path)], max_steps=2).fit(Wide(), loader())
+    return len(torch.load(path)["optimizer_states"][0]["state"])
+
+
+def test_ranks_agree_on_whether_anybody_may_look(ranks2: Ranks, tmp_path: Path) -> None:
+    assert ranks2.run(looked_at_on_one_rank, tmp_path / "one.ckpt") == [12, 12]
+
+
+def test_who_asks_for_the_state_of_an_optimizer_itself_gets_it_at_once(ranks2: Ranks) -> None:
+    first, second = ranks2.run(asked_directly)
+    assert first > 0
+    assert second == 0
+
+
+class Asking(pl.Callback):
+    """Asks the strategy for the state of the optimizer, without a checkpoint."""
+
+    def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        state = trainer.strategy.optimizer_state(trainer.optimizers[0]).get("state", {})
+        self.total = sum(float(value.sum()) for entry in state.values() for value in entry.values())
+
+
+def asked_directly() -> float:
+    asking = Asking()
+    make("fsdp", callbacks=[asking], max_steps=2).fit(Wide(), loader())
+    return asking.total
 
 
 # ------------------------------------------------------------------ after a load
