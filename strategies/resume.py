@@ -34,6 +34,7 @@ from lightning.pytorch.callbacks import GradientAccumulationScheduler
 from lightning.pytorch.loops.evaluation_loop import RestartStage
 from lightning.pytorch.loops.fetchers import _DataLoaderIterDataFetcher, _PrefetchDataFetcher
 from lightning.pytorch.trainer.states import RunningStage, TrainerFn
+from torch import Tensor
 
 from lightning_accel.core import replay, rng
 from lightning_accel.core.data_position import set_generators, shared
@@ -116,7 +117,9 @@ class Continuation:
     def _now(self, position: Position) -> tuple[Position, dict[str, Any]]:
         """Where to go on from, and what of it differs between ranks."""
         places, plan = self._places, self._plan
-        metrics = {name: value.detach().cpu().clone() for name, value in self._trainer.callback_metrics.items()}
+        # Not trainer.callback_metrics: that may compute some, for which it waits for other ranks.
+        known = self._trainer._logger_connector._callback_metrics.items()
+        metrics = {name: value.detach().cpu().clone() for name, value in known if isinstance(value, Tensor)}
         own: dict[str, Any] = {"metrics": metrics, "val": [] if places is None else places.have_workers()}
         if plan is not None and plan.state is not None:  # nothing has happened yet
             return plan.position, {**own, "metrics": plan.metrics, "rng": plan.state, "train": plan.train}
