@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -195,6 +195,31 @@ def fill_part(unit: Unit, position: int, flat: Tensor, source: Tensor) -> None:
 # ----------------------------------------------------------------------------- optimizers
 
 
+class _Scalar(NamedTuple):
+    """A tensor without dimensions, as it is sent: to pickle one takes as long as to write some hundred kilobytes."""
+
+    value: float | int | complex
+    dtype: torch.dtype
+
+
+def _light(values: Any) -> Any:
+    if not isinstance(values, dict):
+        return values
+    return {
+        key: _Scalar(value.item(), value.dtype) if isinstance(value, Tensor) and value.dim() == 0 else value
+        for key, value in values.items()
+    }
+
+
+def _restored(values: Any) -> Any:
+    if not isinstance(values, dict):
+        return values
+    return {
+        key: torch.tensor(value.value, dtype=value.dtype) if isinstance(value, _Scalar) else value
+        for key, value in values.items()
+    }
+
+
 def optimizer_shards(added: EngineOptimizer) -> dict[str, Any]:
     """The state of one optimizer by names of parameters. All ranks take part.
 
@@ -248,9 +273,10 @@ def optimizer_shards(added: EngineOptimizer) -> dict[str, Any]:
         for key, value in values.items():
             put(names[parameter], key, value, Shard.whole)
     if added.engine.row.optimizer_state is Rest.SHARDED:
-        for theirs in added.gather(numbers):
+        for theirs in added.gather({owner: _light(values) for owner, values in numbers.items()}):
             for owner, values in theirs.items():
-                numbers.setdefault(owner, values)
+                if owner not in numbers:
+                    numbers[owner] = _restored(values)
     known = set(names.values())
     for owner, values in numbers.items():
         if owner in known:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import functools
 import hashlib
+import io
 import zlib
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -23,6 +25,8 @@ _PIECE_BYTES = 2**20
 """So much is summed and then written while it is still in a processor's cache."""
 _AHEAD_BYTES = 2**25
 """After so much the disk is told to begin."""
+_SMALL_BYTES = 2**20
+"""Up to here torch.save takes more time for what is around the values than for these."""
 
 
 @dataclass
@@ -96,7 +100,7 @@ def write_file(folder: Folder, name: str, parts: Mapping[MetadataIndex, Part]) -
             offset = summing.nbytes
             summing.begin()
             try:
-                torch.save(_alone(part if isinstance(part, Tensor) else part()), summing)  # type: ignore[arg-type]
+                _save(part if isinstance(part, Tensor) else part(), summing)
             except RuntimeError:
                 if summing.error is not None:
                     raise summing.error from None
@@ -109,6 +113,33 @@ def write_file(folder: Folder, name: str, parts: Mapping[MetadataIndex, Part]) -
     file.nbytes = summing.nbytes
     written.files[name] = file
     return written
+
+
+def _save(part: Tensor, stream: _Summing) -> None:
+    """As torch.save, but quicker for small tensors."""
+    if part.nbytes > _SMALL_BYTES:
+        torch.save(_alone(part), stream)  # type: ignore[arg-type]
+        return
+    values = _on_host(part)
+    before, after = _envelope(values.dtype, tuple(values.shape))
+    stream.write(before)
+    stream.write(values.reshape(-1).view(torch.uint8).numpy())
+    stream.write(after)
+
+
+@functools.lru_cache(maxsize=1024)
+def _envelope(dtype: torch.dtype, shape: tuple[int, ...]) -> tuple[bytes, bytes]:
+    """What torch.save writes before and after the values of a tensor: without checksums it is the same for all values.
+
+    Tensors of few shapes are what models and optimizers consist of, and each save has them again.
+    """
+    blank, saved = torch.zeros(shape, dtype=dtype), io.BytesIO()
+    with _one_checksum():
+        torch.save(blank, saved)
+    content = saved.getvalue()
+    reader: Any = torch.PyTorchFileReader(io.BytesIO(content))
+    start: int = reader.get_record_offset("data/0")
+    return content[:start], content[start + blank.nbytes :]
 
 
 @contextmanager
@@ -160,7 +191,7 @@ def _alone(part: Tensor) -> Tensor:
 
     torch.save writes all of the memory behind a tensor, and our reader looks at nothing but that.
     """
-    values = part.detach().to("cpu").resolve_conj().resolve_neg().contiguous()
+    values = _on_host(part)
     storage = values.untyped_storage()
     if storage.nbytes() == values.nbytes:
         return values
@@ -168,6 +199,10 @@ def _alone(part: Tensor) -> Tensor:
     inner = storage[start : start + values.nbytes]
     assert isinstance(inner, torch.UntypedStorage)
     return torch.empty(0, dtype=values.dtype).set_(inner, 0, values.shape, values.stride())
+
+
+def _on_host(part: Tensor) -> Tensor:
+    return part.detach().to("cpu").resolve_conj().resolve_neg().contiguous()
 
 
 def host_copies(parts: Sequence[tuple[MetadataIndex, Part]]) -> dict[MetadataIndex, Part]:

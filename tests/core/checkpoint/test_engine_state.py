@@ -402,3 +402,31 @@ def load_mixed(path: Path) -> dict[str, Tensor]:
     found: dict[str, Tensor] = snapshot(engine, made)["model"]
     engine.close()
     return found
+
+
+SCALARS = {
+    "count": torch.tensor(2**60 + 1),
+    "scale": torch.tensor(0.1, dtype=torch.bfloat16),
+    "nothing": torch.tensor(float("nan"), dtype=torch.float64),
+    "on": torch.tensor(True),
+    "root": torch.tensor(1 - 2j),
+    "word": "as it is",
+}
+
+
+def state_with_scalars() -> dict[str, Any]:
+    engine, made = make_engine("fsdp", Net, adamw)
+    train(engine, made)
+    (added,) = engine.optimizers
+    for segment in added.segments:
+        added.optimizer.state[segment.tensor].update(SCALARS)
+    state: dict[str, Any] = optimizer_shards(added)["state"]
+    engine.close()
+    return {name: {key: values.get(key) for key in SCALARS} for name, values in state.items()}
+
+
+def test_numbers_of_other_ranks_keep_their_dtype_and_every_bit(ranks2: Ranks) -> None:
+    for state in ranks2.run(state_with_scalars):
+        assert len(state) == len(list(Net().parameters()))
+        for name, found in state.items():
+            assert differences(found, SCALARS) == [], name
