@@ -12,11 +12,13 @@ from typing import Any
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
-from benchmarks import environment, memory, render
+from benchmarks import environment, fit, memory, render
 from benchmarks.config import Config
+from benchmarks.crew import LIMIT_SECONDS, RankFailed
 from benchmarks.models import MODELS
 from benchmarks.peers import PEERS, REFERENCE, Spec, choose
-from benchmarks.runner import PeerResult, RankFailed, Runner
+from benchmarks.result import PeerResult
+from benchmarks.runner import Runner
 
 EXAMPLES = """
 examples:
@@ -30,7 +32,8 @@ examples:
   python -m benchmarks --memory --warmup 1           the memory of every moment of a step, ours beside FSDP2's
   python -m benchmarks --list                        what can be compared, and what cannot run here, and why
 
-The exit status is 1 if a rank fails or if the losses of a peer are wrong.
+A peer that crashes, or gives no answer within --limit, is cut off and listed with the reason; the others go on.
+The exit status is 1 if a peer fails or if its losses are wrong.
 """
 
 FULL = Config()
@@ -75,10 +78,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
     header = environment.describe() | {"config": config.public(), "reference": reference}
     now = datetime.now(timezone.utc)
     out = options.out or Path(__file__).parent / "results" / f"{now:%Y%m%d-%H%M%S}-{config.model}"
+    if short := fit.shortage(config, len(able)):
+        parser.error(short)
     if options.memory:
-        return _record_memory(console, header, config, able, out)
+        return _record_memory(console, header, config, able, out, options.limit)
     try:
-        measured = {result.name: result for result in _measure(config, able, reference, options.together)}
+        measured = {result.name: result for result in _measure(config, able, reference, options)}
     except RankFailed as failure:
         print(failure, file=sys.stderr)
         return 1
@@ -91,21 +96,27 @@ def main(arguments: Sequence[str] | None = None) -> int:
     out.mkdir(parents=True, exist_ok=True)
     render.write_jsonl(out / "results.jsonl", header, results)
     (out / "table.md").write_text(render.markdown(header, results))
-    render.draw(out / "chart.png", header, results)
+    if any(result.status in ("valid", "invalid") for result in results):
+        render.draw(out / "chart.png", header, results)
     console.print(f"results.jsonl, table.md and chart.png are in {out}", soft_wrap=True)
-    wrong = [result.name for result in results if result.check is not None and not result.check.passed]
+    wrong = [result.name for result in results if result.status == "invalid"]
     if wrong:
         print(f"The losses of {', '.join(wrong)} are wrong, so the figures mean nothing there.", file=sys.stderr)
-    return 1 if wrong else 0
+    stories = [result.story for result in results if result.status == "failed"]
+    for story in stories:
+        print(story, file=sys.stderr)
+    return 1 if wrong or stories else 0
 
 
-def _record_memory(console: Console, header: dict[str, Any], config: Config, specs: Sequence[Spec], out: Path) -> int:
+def _record_memory(
+    console: Console, header: dict[str, Any], config: Config, specs: Sequence[Spec], out: Path, limit: float
+) -> int:
     """Record one step of each peer; return the exit status."""
-    try:
-        with _progress() as report:
-            results = memory.record(config, specs, report)
-    except RankFailed as failure:
+    with _progress() as report:
+        results, failures = memory.record(config, specs, report, limit)
+    for failure in failures:
         print(failure, file=sys.stderr)
+    if not results:
         return 1
     console.print(memory.table(header, results))
     out.mkdir(parents=True, exist_ok=True)
@@ -113,11 +124,12 @@ def _record_memory(console: Console, header: dict[str, Any], config: Config, spe
     (out / "memory.md").write_text(memory.markdown(header, results))
     memory.draw(out / "memory.png", header, results)
     console.print(f"memory.jsonl, memory.md and memory.png are in {out}", soft_wrap=True)
-    return 0
+    return 1 if failures else 0
 
 
-def _measure(config: Config, specs: Sequence[Spec], reference: str, together: int | None) -> list[PeerResult]:
-    with _progress() as report, Runner(config, specs, reference, report, together) as runner:
+def _measure(config: Config, specs: Sequence[Spec], reference: str, options: argparse.Namespace) -> list[PeerResult]:
+    limits = {"together": options.together, "limit": options.limit}
+    with _progress() as report, Runner(config, specs, reference, report, **limits) as runner:
         return runner.run()
 
 
@@ -162,6 +174,13 @@ def _parser() -> argparse.ArgumentParser:
     add("--ranks", type=_positive, default=2, metavar="N", help="processes of each peer (default: %(default)s)")
     add("--threads", type=_positive, default=1, metavar="N", help="threads of each process (default: %(default)s)")
     add("--together", type=_positive, metavar="N", help="peers alive at a time (default: what memory takes)")
+    add(
+        "--limit",
+        type=_positive,
+        default=int(LIMIT_SECONDS),
+        metavar="S",
+        help="seconds that a peer may take to start, and for each visit (default: %(default)s)",
+    )
     add(
         "--quick",
         action="store_true",

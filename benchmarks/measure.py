@@ -42,8 +42,6 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 from torch.optim import Optimizer
 
-from lightning_accel.core.checkpoint import Shard, StoredTensor
-
 KINDS = ("parameters", "gradients", "optimizer", "other")
 """The kinds of bytes at rest."""
 
@@ -210,9 +208,12 @@ def census(
 def _storages(tensors: Iterable[Tensor]) -> dict[int, int]:
     """The bytes of the storages under `tensors`, by address."""
     found = {}
+    # Not imported here: lightning_accel imports Lightning, which is no part of what torch's own peers take to start.
+    ours = sys.modules.get("lightning_accel.core.checkpoint")
+    without_memory = () if ours is None else (ours.Shard, ours.StoredTensor)
     for tensor in tensors:
-        if isinstance(tensor, Shard | StoredTensor):
-            continue  # they have no memory of their own
+        if isinstance(tensor, without_memory):
+            continue
         local = tensor._local_tensor if isinstance(tensor, DTensor) else tensor
         if local.device.type != "meta":
             # A wrapper around tensors has no memory of its own, and no address; what it wraps is found by itself. So is

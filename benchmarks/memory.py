@@ -12,9 +12,9 @@ from rich.console import Group
 from rich.table import Table
 
 from benchmarks.config import Config
+from benchmarks.crew import LIMIT_SECONDS, Crew, RankFailed
 from benchmarks.peers import Spec
 from benchmarks.render import FAMILY_COLOURS, MIB, plt, situation
-from benchmarks.runner import Crew
 from benchmarks.timeline import PHASES, Timeline
 
 DEFAULT_PEERS = ("torch_fsdp2", "accel_fsdp")
@@ -46,32 +46,43 @@ class PeerMemory:
         return max(self.timelines, key=lambda timeline: timeline.peak)
 
 
-def record(config: Config, specs: Sequence[Spec], progress: Callable[[str, int, int], None]) -> list[PeerMemory]:
+def record(
+    config: Config,
+    specs: Sequence[Spec],
+    progress: Callable[[str, int, int], None],
+    limit: float = LIMIT_SECONDS,
+) -> tuple[list[PeerMemory], list[RankFailed]]:
     """Run each peer to itself: the first steps, then one that is recorded.
 
     Args:
         config: What to run; `rounds` and `steps` do not count.
         specs: The peers that can run here.
         progress: Told, before each peer, what it is, how many are done and how many there are.
+        limit: Seconds that a peer may take for one command.
+
+    Returns:
+        What was recorded, and what has failed.
     """
-    found = []
+    found, failures = [], []
     with tempfile.TemporaryDirectory(prefix="benchmarks-") as folder:
         for done, spec in enumerate(specs):
             progress(f"{spec.name}: memory of a step", done, len(specs))
-            crew = Crew(spec, config, Path(folder), config.ranks, config.threads)
+            crew = Crew(spec, config, Path(folder), config.ranks, config.threads, limit)
             try:
                 crew.answers()
                 crew.ask("train", config.warmup)
                 found.append(PeerMemory(name=spec.name, family=spec.family, timelines=crew.ask("timeline")))
                 crew.ask("close")
+            except RankFailed as failure:
+                failures.append(failure)
             finally:
                 crew.end()
-    return found
+    return found, failures
 
 
 def obstacle(spec: Spec) -> str | None:
     """Why the steps of a peer cannot be recorded, or None if they can."""
-    return "its Trainer runs the loop, so phases cannot be told apart" if spec.adapter.startswith("trainer:") else None
+    return "its Trainer runs the loop, so phases cannot be told apart" if spec.adapter.startswith(".trainer:") else None
 
 
 def cells(result: PeerMemory) -> list[str]:

@@ -2,7 +2,6 @@
 
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict
 from pathlib import Path
 from statistics import fmean, median
 from typing import Any
@@ -14,7 +13,7 @@ from rich.table import Table
 
 from benchmarks.measure import KINDS
 from benchmarks.peers import Spec
-from benchmarks.runner import PeerResult
+from benchmarks.result import PeerResult
 from benchmarks.stats import Spread
 
 matplotlib.use("Agg")  # draws to files, on machines without a screen too
@@ -39,8 +38,8 @@ _KIND_COLOURS = {"parameters": "#3b6fb6", "gradients": "#e9a23b", "optimizer": "
 
 def cells(result: PeerResult) -> list[str]:
     """The table's row of one peer, one text per column of `COLUMNS`."""
-    if result.obstacle is not None:
-        return [result.name, *["-"] * (len(COLUMNS) - 2), "not run"]
+    if result.status in ("not run", "failed"):
+        return [result.name, *["-"] * (len(COLUMNS) - 2), result.status]
     ratio = Spread.of(result.ratios)
     rest = largest_rank(result)
     return [
@@ -91,12 +90,19 @@ def situation(header: Mapping[str, Any], results: Sequence[PeerResult]) -> str:
     )
 
 
-def notes(results: Sequence[PeerResult]) -> list[str]:
-    """A line for every peer that did not run or whose losses are wrong."""
-    lines = [f"{result.name} did not run: {result.obstacle}" for result in results if result.obstacle is not None]
+def notes(header: Mapping[str, Any], results: Sequence[PeerResult]) -> list[str]:
+    """A line for every peer that did not run, failed, was compared with another, or whose losses are wrong."""
+    lines = [f"{result.name} did not run: {result.obstacle}" for result in results if result.status == "not run"]
+    lines += [f"{result.name} failed: {result.failure}" for result in results if result.status == "failed"]
+    others: dict[str | None, list[str]] = {result.ratio_to: [] for result in results if result.ratio_to not in (None, header["reference"])}
     for result in results:
-        if result.check is not None and not result.check.passed:
+        if result.ratio_to in others:
+            others[result.ratio_to].append(result.name)
+    lines += [f"ratios of {', '.join(names)} are to {other}" for other, names in others.items()]
+    for result in results:
+        if result.status == "invalid":
             check = result.check
+            assert check is not None
             lines.append(
                 f"{result.name} is invalid: a loss of its first {check.steps} steps is off by "
                 f"{check.difference:.1e} of its value, at most {check.tolerance:.0e} is right"
@@ -115,12 +121,12 @@ def tables(header: Mapping[str, Any], results: Sequence[PeerResult]) -> Group:
             name = column.removesuffix(" MiB") if title.endswith("MiB") else column
             drawn.add_column(name, justify="right", no_wrap=True)
         for result in results:
-            failed = result.check is not None and not result.check.passed
-            style = "red" if failed else "dim" if result.obstacle else "bold" if result.family == "accel" else None
+            own = "bold" if result.family == "accel" else None
+            style = {"invalid": "red", "failed": "red", "not run": "dim"}.get(result.status, own)
             row = dict(zip(COLUMNS, cells(result), strict=True))
             drawn.add_row(result.name, *(row[column] for column in columns), style=style)
         parts.append(drawn)
-    return Group(*parts, legend(header), *notes(results))
+    return Group(*parts, legend(header), *notes(header, results))
 
 
 def peer_list(specs: Sequence[Spec], obstacles: Mapping[str, str | None]) -> Table:
@@ -146,7 +152,7 @@ def markdown(header: Mapping[str, Any], results: Sequence[PeerResult]) -> str:
         "",
         legend(header),
         "",
-        *(f"- {note}" for note in notes(results)),
+        *(f"- {note}" for note in notes(header, results)),
         f"- `{header['command']}`",
         "",
         "![chart](chart.png)",
@@ -156,13 +162,13 @@ def markdown(header: Mapping[str, Any], results: Sequence[PeerResult]) -> str:
 
 def write_jsonl(path: Path, header: Mapping[str, Any], results: Sequence[PeerResult]) -> None:
     """One line about the run, then one line with everything measured of each peer."""
-    lines = [{"kind": "run", **header}, *({"kind": "peer", **asdict(result)} for result in results)]
+    lines = [{"kind": "run", **header}, *({"kind": "peer", **result.record()} for result in results)]
     path.write_text("".join(json.dumps(line, default=str) + "\n" for line in lines))
 
 
 def draw(path: Path, header: Mapping[str, Any], results: Sequence[PeerResult]) -> None:
     """The chart: step time, memory and wire of the peers that ran, side by side, as a PNG."""
-    shown = [result for result in results if result.obstacle is None]
+    shown = [result for result in results if result.status in ("valid", "invalid")]
     places = range(len(shown))
     names = [result.name for result in shown]
     colours = [FAMILY_COLOURS[result.family] for result in shown]

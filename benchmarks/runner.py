@@ -1,148 +1,20 @@
-"""Starts the ranks of every peer, visits the peers round by round, and ends everything when one rank fails."""
+"""Starts the ranks of every peer and visits the peers round by round; one that fails is left out from then on."""
 
-import multiprocessing
 import shutil
 import tempfile
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
-from multiprocessing.connection import Connection, wait
-from multiprocessing.process import BaseProcess
 from pathlib import Path
 from statistics import fmean
 from types import TracebackType
-from typing import Any
 
 import psutil
 
 from benchmarks.config import Config
+from benchmarks.crew import LIMIT_SECONDS, Crew, RankFailed
 from benchmarks.peers import ORACLE, Spec
-from benchmarks.stats import LossCheck, check_losses, ratios, visiting_order
-from benchmarks.worker import Answer, Post, work
-
-# When one rank fails the others fail after it, for want of it: wait this long for all reasons, to show the first cause.
-_GRACE_SECONDS = 1.0
-_LOG_TAIL = 30
-_WORDLESS = "ended without a word"
-
-
-class RankFailed(RuntimeError):
-    """A rank died or raised; the message holds its traceback."""
-
-
-@dataclass
-class PeerResult:
-    """All that was measured of one peer; lists of ranks are in rank order."""
-
-    name: str
-    family: str
-    about: str
-    obstacle: str | None = None
-    """Why it did not run, if it did not; everything below is empty then."""
-    seconds: list[float] = field(default_factory=list)
-    """Seconds per step of the slowest rank, by round."""
-    ratios: list[float] = field(default_factory=list)
-    """`seconds` over the reference's of the same round."""
-    others_cpu: list[float] = field(default_factory=list)
-    """The share of the whole machine that other processes took meanwhile, by round, 0 to 1."""
-    peak_memory: list[int] = field(default_factory=list)
-    """Bytes, by rank."""
-    at_rest: list[dict[str, int]] = field(default_factory=list)
-    """Bytes by kind, by rank."""
-    wire: list[float] = field(default_factory=list)
-    """Bytes sent per step, by rank."""
-    collectives: dict[str, int] = field(default_factory=dict)
-    """Calls in one step of rank 0, by operator."""
-    own: list[dict[str, Any] | None] = field(default_factory=list)
-    """What the peer reports of itself, by rank."""
-    losses: list[list[float]] = field(default_factory=list)
-    """Mean losses over ranks, in nats: one trajectory, or one per run for a peer that starts anew each time."""
-    check: LossCheck | None = None
-
-
-class Crew:
-    """The ranks of one peer, each a process with a pipe to it."""
-
-    def __init__(self, spec: Spec, config: Config, folder: Path, world_size: int, threads: int) -> None:
-        self.spec = spec
-        context = multiprocessing.get_context("spawn")
-        self.pipes: list[Connection] = []
-        self.processes: list[BaseProcess] = []
-        self.logs = [folder / f"{spec.name}-{rank}.log" for rank in range(world_size)]
-        for rank, log in enumerate(self.logs):
-            post = Post(
-                config=config,
-                rank=rank,
-                world_size=world_size,
-                threads=threads,
-                rendezvous=str(folder / f"{spec.name}.rendezvous"),
-                log=str(log),
-            )
-            ours, theirs = context.Pipe()
-            process = context.Process(target=work, args=(spec, post, theirs), daemon=True)
-            process.start()
-            theirs.close()
-            self.pipes.append(ours)
-            self.processes.append(process)
-
-    def ask(self, command: str, steps: int = 1) -> list[Any]:
-        """Have all ranks carry out `command`, for `steps` where it trains; return their answers in rank order."""
-        for rank, pipe in enumerate(self.pipes):
-            try:
-                pipe.send((command, steps))
-            except OSError:
-                self._fail({rank: self._how_it_died(rank)})
-        return self.answers()
-
-    def answers(self) -> list[Any]:
-        """The next answer of every rank, in rank order."""
-        values: dict[int, Any] = {}
-        errors: dict[int, str] = {}
-        while len(values) + len(errors) < len(self.pipes):
-            missing = [rank for rank in range(len(self.pipes)) if rank not in values and rank not in errors]
-            ready = wait([self.pipes[rank] for rank in missing], timeout=_GRACE_SECONDS if errors else None)
-            if not ready:
-                break
-            for rank in missing:
-                if self.pipes[rank] in ready:
-                    try:
-                        answer: Answer = self.pipes[rank].recv()
-                    except (EOFError, OSError):
-                        errors[rank] = self._how_it_died(rank)
-                        continue
-                    if answer.error is None:
-                        values[rank] = answer.value
-                    else:
-                        errors[rank] = answer.error
-        if errors:
-            self._fail(errors)
-        return [values[rank] for rank in range(len(self.pipes))]
-
-    def resident_bytes(self) -> int:
-        """What all ranks together hold in memory now."""
-        return sum(psutil.Process(process.pid).memory_info().rss for process in self.processes)
-
-    def end(self) -> None:
-        """End the ranks, whatever they are doing."""
-        for process in self.processes:
-            process.kill()
-            process.join()
-        for pipe in self.pipes:
-            pipe.close()
-
-    def _how_it_died(self, rank: int) -> str:
-        self.processes[rank].join(_GRACE_SECONDS)
-        log = self.logs[rank].read_text(errors="replace").splitlines()[-_LOG_TAIL:] if self.logs[rank].exists() else []
-        return "\n".join([f"{_WORDLESS}, exit code {self.processes[rank].exitcode}; its last output:", *log])
-
-    def _fail(self, errors: dict[int, str]) -> None:
-        """Raise with the whole story of one rank, the first cause as far as can be told, and a line of each other."""
-        # A process that the kernel has killed says nothing, while the others complain at once that it is gone.
-        rank = next((rank for rank, text in errors.items() if text.startswith(_WORDLESS)), next(iter(errors)))
-        lines = [f"{self.spec.name}, rank {rank}: {errors[rank].rstrip()}"]
-        for other in errors.keys() - {rank}:
-            lines.append(f"{self.spec.name}, rank {other}, too: {errors[other].rstrip().splitlines()[-1]}")
-        raise RankFailed("\n".join(lines))
+from benchmarks.result import PeerResult
+from benchmarks.stats import check_losses, ratios, visiting_order
 
 
 class Runner:
@@ -151,12 +23,16 @@ class Runner:
     Peers that are alive together share their rounds. If memory does not take all of them at once they come in heats,
     the reference in each, so that every ratio is still one within a round.
 
+    A peer that fails, or gives no answer in time, is ended and left out from then on. If it is the reference, the next
+    peer takes its place.
+
     Args:
         config: What to run.
         specs: The peers that can run here.
         reference: Which of them the ratios are taken to.
         progress: Told, before each piece of work, what it is, how many are done and how many there are.
         together: At most this many peers at a time; None for as many as memory takes.
+        limit: Seconds that a peer may take for one command.
     """
 
     def __init__(
@@ -166,8 +42,9 @@ class Runner:
         reference: str,
         progress: Callable[[str, int, int], None],
         together: int | None = None,
+        limit: float = LIMIT_SECONDS,
     ) -> None:
-        self.config, self.progress, self.together = config, progress, together
+        self.config, self.progress, self.together, self.limit = config, progress, together, limit
         self.specs = {spec.name: spec for spec in specs}
         self.results = {spec.name: PeerResult(spec.name, spec.family, spec.about) for spec in specs}
         self.reference = self.results[reference]
@@ -187,26 +64,41 @@ class Runner:
         shutil.rmtree(self.folder, ignore_errors=True)
 
     def run(self) -> list[PeerResult]:
-        """Measure everything; the results are in the order of the specs."""
+        """Measure everything; the results are in the order of the specs.
+
+        Raises:
+            RankFailed: If there are no losses to compare with. What fails of the peers is part of their results.
+        """
         expected = self._expected_losses()
-        waiting = [result for result in self.results.values() if result is not self.reference]
-        self._inspect(self.reference)
-        while True:
-            heat = [self.reference]
-            while waiting and self._has_room(len(heat)):
-                heat.append(waiting.pop(0))
-                self._inspect(heat[-1])
-            for index in range(self.config.rounds):
+        waiting = [self.reference, *(result for result in self.results.values() if result is not self.reference)]
+        while waiting:
+            while waiting and self._has_room(len(self.crews)):
+                self._attempt(waiting[0], self._inspect)
+                waiting.pop(0)
+            heat = self._alive()
+            for index in range(self.config.rounds if heat else 0):
                 for place in visiting_order(len(heat), index):
                     self._begin(f"round {index + 1} of {self.config.rounds}: {heat[place].name}")
-                    self._time(heat[place])
-            self._judge(heat, expected)
-            for result in heat[1:]:
-                self._dismiss(result.name)
-            if not waiting:
-                self._dismiss(self.reference.name)
-                return list(self.results.values())
-            self._pieces += self.config.rounds  # the reference runs once more
+                    if heat[place].name in self.crews:
+                        self._attempt(heat[place], self._time)
+            self._judge(expected)
+            for result in self._alive():
+                if result is not self.reference or not waiting:
+                    self._attempt(result, self._dismiss)
+            if waiting:
+                self._pieces += self.config.rounds  # the reference runs once more
+        return list(self.results.values())
+
+    def _alive(self) -> list[PeerResult]:
+        return [result for name, result in self.results.items() if name in self.crews]
+
+    def _attempt(self, result: PeerResult, action: Callable[[PeerResult], None]) -> None:
+        """Do something with a peer, and end it if that fails."""
+        try:
+            action(result)
+        except RankFailed as failure:
+            result.failure, result.story = failure.brief, str(failure)
+            self.crews.pop(result.name).end()
 
     def _begin(self, what: str) -> None:
         self.progress(what, self._done, self._pieces)
@@ -222,22 +114,22 @@ class Runner:
         # Others use this machine's memory too, and a peer may take more than those before it.
         return psutil.virtual_memory().available > 2 * largest
 
-    def _dismiss(self, name: str) -> None:
-        crew = self.crews[name]
-        crew.ask("close")
-        crew.end()
-        del self.crews[name]
+    def _dismiss(self, result: PeerResult) -> None:
+        self.crews[result.name].ask("close")
+        self.crews.pop(result.name).end()
 
     def _expected_losses(self) -> list[float]:
         """The losses of the first steps of one process that sees all tokens."""
         self._begin("losses of one process on the global batch")
         config = self.config
-        crew = self.crews[ORACLE.name] = Crew(ORACLE, config, self.folder, 1, config.threads * config.ranks)
+        crew = Crew(ORACLE, config, self.folder, 1, config.threads * config.ranks, self.limit)
+        self.crews[ORACLE.name] = crew
         crew.answers()
         # One step fewer than wanted, for the lead-in step is trained as well.
         crew.ask("train", config.warmup + config.steps - 1)
         ((losses,),) = crew.ask("losses")
-        self._dismiss(ORACLE.name)
+        crew.ask("close")
+        self.crews.pop(ORACLE.name).end()
         return [float(loss) for loss in losses]
 
     def _inspect(self, result: PeerResult) -> None:
@@ -245,7 +137,7 @@ class Runner:
         self._begin(f"{result.name}: memory, bytes, wire")
         config = self.config
         crew = self.crews[result.name] = Crew(
-            self.specs[result.name], config, self.folder, config.ranks, config.threads
+            self.specs[result.name], config, self.folder, config.ranks, config.threads, self.limit
         )
         crew.answers()
         # Memory first, before the profiler adds its own.
@@ -266,22 +158,28 @@ class Runner:
         result.seconds.append(max(answer["wall"] for answer in answers) / self.config.steps)
         result.others_cpu.append(min(1.0, max(0.0, others / whole_machine)))
 
-    def _judge(self, heat: Sequence[PeerResult], expected: list[float]) -> None:
+    def _judge(self, expected: list[float]) -> None:
         """Fetch the losses and compare them; beyond the oracle's few steps, with the reference's if those are right."""
-        for result in heat:
-            by_rank = self.crews[result.name].ask("losses")
-            result.losses = [
-                [fmean(losses) for losses in zip(*trajectories, strict=True)]
-                for trajectories in zip(*by_rank, strict=True)
-            ]
+        for result in self._alive():
+            self._attempt(result, self._collect_losses)
+        alive = self._alive()
+        if self.reference not in alive and alive:
+            self.reference = alive[0]
         reference = self.reference
         if len(reference.losses) == 1 and check_losses(reference.losses, expected).passed:
             expected = expected + reference.losses[0][len(expected) :]
-        for result in heat:
+        for result in alive:
             # Without the other ranks' tokens only the first loss, that of the initial weights, is the global one.
             global_batch = self.specs[result.name].global_batch
             result.check = check_losses(result.losses, expected if global_batch else expected[:1])
             result.ratios = ratios(result.seconds, reference.seconds[-len(result.seconds) :])
+            result.ratio_to = reference.name
+
+    def _collect_losses(self, result: PeerResult) -> None:
+        by_rank = self.crews[result.name].ask("losses")
+        result.losses = [
+            [fmean(losses) for losses in zip(*trajectories, strict=True)] for trajectories in zip(*by_rank, strict=True)
+        ]
 
 
 def _busy_seconds() -> float:

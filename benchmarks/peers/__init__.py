@@ -17,7 +17,7 @@ class Spec:
 
     name: str
     adapter: str
-    """``module:class`` below `benchmarks.peers`; imported in the workers only."""
+    """``module:class``, imported in the workers only; a leading dot stands for `benchmarks.peers`."""
     family: Family
     about: str
     arguments: Mapping[str, Any] = field(default_factory=dict)
@@ -42,7 +42,7 @@ class Spec:
     def load(self) -> "type[Peer]":
         """The adapter's class."""
         module, name = self.adapter.split(":")
-        adapter: type[Peer] = getattr(importlib.import_module(f"benchmarks.peers.{module}"), name)
+        adapter: type[Peer] = getattr(importlib.import_module(module, "benchmarks.peers"), name)
         return adapter
 
 
@@ -53,28 +53,28 @@ _ACCEL_LIGHTNING = ("lightning", "lightning_accel.strategies")
 _SPECS = (
     Spec(
         name="single",
-        adapter="single:Single",
+        adapter=".single:Single",
         family="baseline",
         about="the computation alone: every rank trains its own copy on its own micro-batch, nothing is sent",
         global_batch=False,
     ),
-    Spec(name="torch_ddp", adapter="torch_ddp:TorchDDP", family="torch", about="DistributedDataParallel, defaults"),
+    Spec(name="torch_ddp", adapter=".torch_ddp:TorchDDP", family="torch", about="DistributedDataParallel, defaults"),
     Spec(
         name="torch_zero",
-        adapter="torch_zero:TorchZeRO",
+        adapter=".torch_zero:TorchZeRO",
         family="torch",
         about="DistributedDataParallel and ZeroRedundancyOptimizer, defaults",
     ),
     Spec(
         name="torch_fsdp2",
-        adapter="torch_fsdp2:TorchFSDP2",
+        adapter=".torch_fsdp2:TorchFSDP2",
         family="torch",
         about="fully_shard on each block, then on the root; parameters freed after each forward",
         arguments={"reshard_after_forward": True},
     ),
     Spec(
         name="torch_fsdp2_partial",
-        adapter="torch_fsdp2:TorchFSDP2",
+        adapter=".torch_fsdp2:TorchFSDP2",
         family="torch",
         about="the same with reshard_after_forward=False: parameters stay gathered until their backward",
         arguments={"reshard_after_forward": False},
@@ -82,7 +82,7 @@ _SPECS = (
     *(
         Spec(
             name=f"accel_{row}",
-            adapter="accel:AccelEngine",
+            adapter=".accel:AccelEngine",
             family="accel",
             about=f"our engine, row {row}",
             arguments={"row": row},
@@ -93,7 +93,7 @@ _SPECS = (
     *(
         Spec(
             name=f"{kind}_{strategy}",
-            adapter=f"{kind}:{kind.capitalize()}Peer",
+            adapter=f".{kind}:{kind.capitalize()}Peer",
             family="accel" if strategy.startswith("accel") else "lightning",
             about=f"{kind.capitalize()}(strategy={strategy!r})",
             arguments={"strategy": strategy},
@@ -111,7 +111,7 @@ REFERENCE = "torch_ddp"
 
 ORACLE = Spec(
     name="oracle",
-    adapter="single:Oracle",
+    adapter=".single:Oracle",
     family="baseline",
     about="one process that trains on the batch of all ranks; gives the losses that every peer has to reach",
 )

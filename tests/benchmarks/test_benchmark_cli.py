@@ -14,8 +14,8 @@ import pytest
 
 from benchmarks.cli import main
 from benchmarks.config import Config
+from benchmarks.crew import Crew, RankFailed
 from benchmarks.peers import Spec
-from benchmarks.runner import Crew, RankFailed
 
 ROOT = Path(__file__).parents[2]
 Peers = dict[str, dict[str, Any]]
@@ -113,11 +113,14 @@ def test_bytes_at_rest_are_what_the_peers_really_hold(peers: Peers) -> None:
 
 
 def test_an_error_in_a_rank_comes_with_its_traceback(tmp_path: Path) -> None:
-    spec = Spec(name="broken", adapter="single:Missing", family="baseline", about="its adapter does not exist")
+    spec = Spec(name="broken", adapter=".single:Missing", family="baseline", about="its adapter does not exist")
     crew = Crew(spec, Config(model="gpt-tiny", ranks=1), tmp_path, world_size=1, threads=1)
     try:
-        with pytest.raises(RankFailed, match=r"(?s)broken, rank 0: Traceback.*in load.*no attribute 'Missing'"):
+        with pytest.raises(
+            RankFailed, match=r"(?s)broken, rank 0: Traceback.*in load.*no attribute 'Missing'"
+        ) as caught:
             crew.answers()
+        assert caught.value.brief.startswith("rank 0: AttributeError: module ")
     finally:
         crew.end()
 
@@ -131,7 +134,7 @@ def _ranks(process: "subprocess.Popen[str]") -> list[psutil.Process]:
     return found
 
 
-def test_when_a_rank_dies_everything_ends_with_its_name(tmp_path: Path) -> None:
+def test_a_rank_that_dies_is_named_and_leaves_no_process(tmp_path: Path) -> None:
     process = _start("--model", "gpt-tiny", "--rounds", "9999", "--peers", "torch_ddp", "--out", str(tmp_path))
     try:
         while len(ranks := _ranks(process)) < 2:
@@ -144,4 +147,5 @@ def test_when_a_rank_dies_everything_ends_with_its_name(tmp_path: Path) -> None:
     assert process.returncode == 1
     assert "torch_ddp, rank 1: ended without a word, exit code -9" in err
     assert not any(rank.is_running() for rank in ranks)
-    assert list(tmp_path.iterdir()) == []
+    (line,) = [json.loads(line) for line in (tmp_path / "results.jsonl").read_text().splitlines()][1:]
+    assert (line["status"], line["failure"]) == ("failed", "rank 1: ended without a word, exit code -9")

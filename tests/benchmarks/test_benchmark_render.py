@@ -11,7 +11,7 @@ from rich.console import Console
 from benchmarks import render
 from benchmarks.config import Config
 from benchmarks.peers import PEERS, choose
-from benchmarks.runner import PeerResult
+from benchmarks.result import PeerResult
 from benchmarks.stats import LossCheck
 
 MIB = 2**20
