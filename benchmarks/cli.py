@@ -3,20 +3,19 @@
 import argparse
 import os
 import sys
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any
 
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
 from benchmarks import environment, fit, memory, render
 from benchmarks.config import Config
 from benchmarks.crew import LIMIT_SECONDS, RankFailed
 from benchmarks.models import MODELS
 from benchmarks.peers import PEERS, REFERENCE, Spec, choose
+from benchmarks.progress import progress
 from benchmarks.result import PeerResult
 from benchmarks.runner import Runner
 
@@ -112,7 +111,7 @@ def _record_memory(
     console: Console, header: dict[str, Any], config: Config, specs: Sequence[Spec], out: Path, limit: float
 ) -> int:
     """Record one step of each peer; return the exit status."""
-    with _progress() as report:
+    with progress() as report:
         results, failures = memory.record(config, specs, report, limit)
     for failure in failures:
         print(failure, file=sys.stderr)
@@ -129,22 +128,8 @@ def _record_memory(
 
 def _measure(config: Config, specs: Sequence[Spec], reference: str, options: argparse.Namespace) -> list[PeerResult]:
     limits = {"together": options.together, "limit": options.limit}
-    with _progress() as report, Runner(config, specs, reference, report, **limits) as runner:
+    with progress() as report, Runner(config, specs, reference, report, **limits) as runner:
         return runner.run()
-
-
-@contextmanager
-def _progress() -> Iterator[Callable[[str, int, int], None]]:
-    """A bar, and what tells it how far the work is."""
-    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
-    with Progress(*columns, console=Console(stderr=True)) as bar:
-        task = bar.add_task("")
-
-        def report(what: str, done: int, pieces: int) -> None:
-            bar.update(task, description=what, completed=done, total=pieces)
-
-        yield report
-        bar.update(task, description="measured", completed=bar.tasks[0].total)
 
 
 def _parser() -> argparse.ArgumentParser:

@@ -3,7 +3,7 @@
 import multiprocessing
 import signal
 import time
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from multiprocessing.connection import Connection, wait
 from multiprocessing.process import BaseProcess
 from pathlib import Path
@@ -49,6 +49,7 @@ class Crew:
         world_size: How many ranks.
         threads: Compute threads of each.
         limit: Seconds that one command may take, the start included.
+        hosts: The network namespaces that the ranks are on (`benchmarks.hosts`); none for the machine's own.
     """
 
     def __init__(
@@ -59,6 +60,7 @@ class Crew:
         world_size: int,
         threads: int,
         limit: float = LIMIT_SECONDS,
+        hosts: Sequence[str] = (),
     ) -> None:
         self.spec, self.limit = spec, limit
         context = multiprocessing.get_context("spawn")
@@ -75,6 +77,7 @@ class Crew:
                 threads=threads,
                 rendezvous=str(folder / f"{spec.name}.rendezvous"),
                 log=str(log),
+                hosts=hosts,
             )
             ours, theirs = context.Pipe()
             process = context.Process(target=work, args=(spec, post, theirs), daemon=True)

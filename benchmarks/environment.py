@@ -15,11 +15,11 @@ import psutil
 _PACKAGES = ("torch", "lightning", "lightning-accel")
 
 
-def describe() -> dict[str, Any]:
-    """Machine, versions, date (UTC) and command line of this process."""
+def describe(command: str = "benchmarks") -> dict[str, Any]:
+    """Machine, versions, date (UTC) and command line of this process, which is ``python -m command``."""
     return {
         "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),
-        "command": "python -m benchmarks " + shlex.join(sys.argv[1:]),
+        "command": f"python -m {command} " + shlex.join(sys.argv[1:]),
         "machine": {
             "processor": _processor(),
             "cores": os.cpu_count(),

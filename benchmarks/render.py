@@ -94,7 +94,9 @@ def notes(header: Mapping[str, Any], results: Sequence[PeerResult]) -> list[str]
     """A line for every peer that did not run, failed, was compared with another, or whose losses are wrong."""
     lines = [f"{result.name} did not run: {result.obstacle}" for result in results if result.status == "not run"]
     lines += [f"{result.name} failed: {result.failure}" for result in results if result.status == "failed"]
-    others: dict[str | None, list[str]] = {result.ratio_to: [] for result in results if result.ratio_to not in (None, header["reference"])}
+    others: dict[str | None, list[str]] = {
+        result.ratio_to: [] for result in results if result.ratio_to not in (None, header["reference"])
+    }
     for result in results:
         if result.ratio_to in others:
             others[result.ratio_to].append(result.name)

@@ -33,6 +33,8 @@ class Runner:
         progress: Told, before each piece of work, what it is, how many are done and how many there are.
         together: At most this many peers at a time; None for as many as memory takes.
         limit: Seconds that a peer may take for one command.
+        hosts: The network namespaces that the ranks of each peer are on; none for the machine's own.
+        conditions: In each round all peers are visited under each of them in turn: called before the visits.
     """
 
     def __init__(
@@ -43,7 +45,10 @@ class Runner:
         progress: Callable[[str, int, int], None],
         together: int | None = None,
         limit: float = LIMIT_SECONDS,
+        hosts: Sequence[str] = (),
+        conditions: Sequence[Callable[[], None]] = (lambda: None,),
     ) -> None:
+        self.hosts, self.conditions = hosts, conditions
         self.config, self.progress, self.together, self.limit = config, progress, together, limit
         self.specs = {spec.name: spec for spec in specs}
         self.results = {spec.name: PeerResult(spec.name, spec.family, spec.about) for spec in specs}
@@ -51,7 +56,7 @@ class Runner:
         self.folder = Path(tempfile.mkdtemp(prefix="benchmarks-"))
         self.crews: dict[str, Crew] = {}
         self._done = 0
-        self._pieces = 1 + len(specs) * (1 + config.rounds)
+        self._pieces = 1 + len(specs) * (1 + config.rounds * len(conditions))
 
     def __enter__(self) -> "Runner":
         return self
@@ -77,16 +82,18 @@ class Runner:
                 waiting.pop(0)
             heat = self._alive()
             for index in range(self.config.rounds if heat else 0):
-                for place in visiting_order(len(heat), index):
-                    self._begin(f"round {index + 1} of {self.config.rounds}: {heat[place].name}")
-                    if heat[place].name in self.crews:
-                        self._attempt(heat[place], self._time)
+                for condition in self.conditions:
+                    condition()
+                    for place in visiting_order(len(heat), index):
+                        self._begin(f"round {index + 1} of {self.config.rounds}: {heat[place].name}")
+                        if heat[place].name in self.crews:
+                            self._attempt(heat[place], self._time)
             self._judge(expected)
             for result in self._alive():
                 if result is not self.reference or not waiting:
                     self._attempt(result, self._dismiss)
             if waiting:
-                self._pieces += self.config.rounds  # the reference runs once more
+                self._pieces += self.config.rounds * len(self.conditions)  # the reference runs once more
         return list(self.results.values())
 
     def _alive(self) -> list[PeerResult]:
@@ -137,7 +144,7 @@ class Runner:
         self._begin(f"{result.name}: memory, bytes, wire")
         config = self.config
         crew = self.crews[result.name] = Crew(
-            self.specs[result.name], config, self.folder, config.ranks, config.threads, self.limit
+            self.specs[result.name], config, self.folder, config.ranks, config.threads, self.limit, self.hosts
         )
         crew.answers()
         # Memory first, before the profiler adds its own.

@@ -9,11 +9,13 @@ import os
 import sys
 import time
 import traceback
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from datetime import timedelta
 from multiprocessing.connection import Connection
 from typing import TYPE_CHECKING, Any
 
+from benchmarks import hosts
 from benchmarks.config import Config
 
 if TYPE_CHECKING:
@@ -35,6 +37,13 @@ class Post:
     """Path of the file that the ranks of one peer meet at."""
     log: str
     """Path of the file that takes all that the process prints."""
+    hosts: Sequence[str] = ()
+    """The network namespaces that the ranks are on, in blocks of equal size; none for the machine's own."""
+
+    @property
+    def per_host(self) -> int:
+        """How many ranks one host has."""
+        return self.world_size // (len(self.hosts) or 1)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -50,6 +59,8 @@ def work(spec: "Spec", post: Post, pipe: Connection) -> None:
     _redirect_output(post.log)
     faulthandler.enable()
     try:
+        if post.hosts:
+            hosts.enter(post.hosts[post.rank // post.per_host])
         _set_environment(post)
         _serve(spec, post, pipe)
     except EOFError:  # the benchmark itself is gone
@@ -72,13 +83,13 @@ def _set_environment(post: Post) -> None:
     os.environ.update(
         OMP_NUM_THREADS=str(post.threads),
         MKL_NUM_THREADS=str(post.threads),
-        GLOO_SOCKET_IFNAME="lo",
+        GLOO_SOCKET_IFNAME=hosts.NIC if post.hosts else "lo",
         # With these Lightning takes the ranks for torchrun's: it launches none, and joins the process group it finds.
         RANK=str(post.rank),
-        LOCAL_RANK=str(post.rank),
+        LOCAL_RANK=str(post.rank % post.per_host),
         WORLD_SIZE=str(post.world_size),
-        LOCAL_WORLD_SIZE=str(post.world_size),
-        GROUP_RANK="0",
+        LOCAL_WORLD_SIZE=str(post.per_host),
+        GROUP_RANK=str(post.rank // post.per_host),
         MASTER_ADDR="127.0.0.1",
         MASTER_PORT="29500",  # read by Lightning, bound by nobody: the ranks have met at a file before it looks
         TORCHELASTIC_RUN_ID="benchmarks",

@@ -4,16 +4,16 @@ from __future__ import annotations
 
 import json
 import os
-import shutil
 import subprocess
 import sys
-import uuid
 from collections.abc import Iterator
 from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
 import pytest
+
+from benchmarks.hosts import NIC, Hosts
 
 TESTS = Path(__file__).parent
 EXACT = 1e-12  # double precision, two orders of the same sums
@@ -60,47 +60,29 @@ if __name__ == "__main__":
 """
 
 
-def _run(*command: str) -> None:
-    subprocess.run(command, check=True, capture_output=True, text=True)
-
-
 @pytest.fixture(scope="module")
-def machines() -> Iterator[list[str]]:
-    """The namespaces' names."""
-    if sys.platform != "linux" or shutil.which("ip") is None:
-        pytest.skip("needs Linux and the command `ip` (Debian: iproute2), which is not here")
-    names = [f"accel-{uuid.uuid4().hex[:8]}" for _ in range(2)]
+def machines() -> Iterator[Hosts]:
     with ExitStack() as stack:
         try:
-            for name in names:
-                _run("ip", "netns", "add", name)
-                stack.callback(_run, "ip", "netns", "delete", name)
-            ends = [name.replace("accel-", "veth") for name in names]
-            _run("ip", "link", "add", ends[0], "type", "veth", "peer", "name", ends[1])
-            for number, (name, end) in enumerate(zip(names, ends, strict=True)):
-                _run("ip", "link", "set", end, "netns", name)
-                _run("ip", "-n", name, "link", "set", end, "name", "veth")
-                _run("ip", "-n", name, "addr", "add", f"10.98.0.{number + 1}/24", "dev", "veth")
-                for device in ("veth", "lo"):
-                    _run("ip", "-n", name, "link", "set", device, "up")
-        except subprocess.CalledProcessError as error:
-            pytest.skip(f"needs the right to make network namespaces: {error.stderr.strip()}")
-        yield names
+            hosts = stack.enter_context(Hosts(2))
+        except OSError as error:
+            pytest.skip(str(error))
+        yield hosts
 
 
-def launch(machines: list[str], script: str, folder: Path) -> None:
+def launch(machines: Hosts, script: str, folder: Path) -> None:
     """Run a script on all of them by torchrun, two ranks on each."""
     path = folder / "script.py"
     path.write_text(script)
     search = [str(TESTS), str(TESTS / "strategies"), os.environ.get("PYTHONPATH", "")]
     environment = {
         **os.environ,
-        "GLOO_SOCKET_IFNAME": "veth",
+        "GLOO_SOCKET_IFNAME": NIC,
         "OMP_NUM_THREADS": "1",
         "PYTHONPATH": os.pathsep.join(filter(None, search)),
     }
     torchrun = [sys.executable, "-m", "torch.distributed.run", "--nnodes", "2", "--nproc-per-node", "2"]
-    meeting = ["--master-addr", "10.98.0.1", "--master-port", "29511"]
+    meeting = ["--master-addr", machines.addresses[0], "--master-port", "29511"]
     processes = [
         subprocess.Popen(
             ["ip", "netns", "exec", name, *torchrun, "--node-rank", str(number), *meeting, str(path), str(folder)],
@@ -109,7 +91,7 @@ def launch(machines: list[str], script: str, folder: Path) -> None:
             stderr=subprocess.STDOUT,
             text=True,
         )
-        for number, name in enumerate(machines)
+        for number, name in enumerate(machines.names)
     ]
     try:
         outputs = [process.communicate(timeout=240)[0] for process in processes]
@@ -120,7 +102,7 @@ def launch(machines: list[str], script: str, folder: Path) -> None:
 
 
 @pytest.mark.matrix
-def test_the_engine(machines: list[str], tmp_path: Path) -> None:
+def test_the_engine(machines: Hosts, tmp_path: Path) -> None:
     launch(machines, ENGINE, tmp_path)
     for rank in range(4):
         found: dict[str, Any] = json.loads((tmp_path / f"{rank}.json").read_text())
@@ -135,7 +117,7 @@ def test_the_engine(machines: list[str], tmp_path: Path) -> None:
 
 
 @pytest.mark.matrix
-def test_the_trainer(machines: list[str], tmp_path: Path) -> None:
+def test_the_trainer(machines: Hosts, tmp_path: Path) -> None:
     import torch
     from models import Regression, alone, assert_close, loader, values
 
