@@ -40,6 +40,8 @@ class Plan:
     """Where the training loaders were."""
     metrics: dict[str, Any] = field(default_factory=dict)
     """What callbacks and schedulers could see of metrics."""
+    logged: Mapping[str, Any] | None = None
+    """What this rank had logged in the epoch; None where it begins, or nobody knows."""
     had_workers: list[bool] = field(default_factory=list)
     """Which of the loaders for validation had persistent workers."""
     stream: rng.Stream = field(default_factory=rng.Stream)
@@ -88,6 +90,7 @@ class Plan:
             state=state,
             train=own["train"],
             metrics=own["metrics"],
+            logged=own.get("logged") if has_own else None,
             had_workers=own["val"],
             stream=rng.Stream(state),
         )

@@ -9,7 +9,8 @@ What a checkpoint says beyond Lightning's own is under ``KEY``, and ``torch.load
     reloaded    the epoch in which Lightning made the training loaders, if it makes them anew
     rng         for each rank: lightning_accel.core.rng
     loaders     for each rank: "train", for each training loader lightning_accel.strategies.places; "val", for each
-                loader of validation whether it had persistent workers; "metrics", the trainer's callback_metrics
+                loader of validation whether it had persistent workers; "metrics", the trainer's callback_metrics;
+                "logged", within an epoch: lightning_accel.strategies.logged
 
 A rank that did not come to save it, as another one had failed, has None.
 
@@ -38,6 +39,7 @@ from torch import Tensor
 
 from lightning_accel.core import replay, rng
 from lightning_accel.core.data_position import set_generators, shared
+from lightning_accel.strategies.logged import EpochLog, Snapshot
 from lightning_accel.strategies.places import Place, Places
 from lightning_accel.strategies.plan import KEY, VERSION, Plan
 from lightning_accel.strategies.progress import Position
@@ -58,6 +60,7 @@ class _Window:
     batches: int
     state: rng.State
     place: Place
+    logged: Snapshot
 
 
 class Continuation:
@@ -68,11 +71,11 @@ class Continuation:
     Ranks that were there before have their random numbers; those of further ranks follow from rank 0's and their own
     number.
 
-    Not exact are random numbers that a loader's workers draw, the order of loaders with ``in_order=False``, iterable
-    datasets that draw from the same generator as training does, and what is logged per epoch: it counts the batches
-    since the checkpoint. What callbacks set in ``on_train_epoch_start`` they must save: as under Lightning, it is not
-    called again within an epoch. A checkpoint made in ``on_fit_start`` of a run that goes on itself has no optimizer
-    state, as Lightning has not loaded it yet.
+    Not exact are random numbers that a loader's workers draw, the order of loaders with ``in_order=False``, and
+    iterable datasets that draw from the same generator as training does. What is logged per epoch counts all of its
+    batches, with another number of ranks those since the checkpoint. What callbacks set in ``on_train_epoch_start``
+    they must save: as under Lightning, it is not called again within an epoch. A checkpoint made in ``on_fit_start`` of
+    a run that goes on itself has no optimizer state, as Lightning has not loaded it yet.
 
     A checkpoint made while gradients accumulate goes back to the first of these micro-batches, whose gradients it does
     not have. Buffers which forward passes change, as those of batch normalisation, see these micro-batches twice.
@@ -86,8 +89,9 @@ class Continuation:
         self._strategy = strategy
         self._plan: Plan | None = None
         self._places: Places | None = None
+        self._log: EpochLog | None = None
         self._window: _Window | None = None
-        self._validation: rng.State | None = None  # when it began
+        self._validation: tuple[rng.State, Snapshot] | None = None  # when it began
         self._last: Place | None = None  # when the last fit ended
         self._next: dict[int, replay.Beginning] = {}  # how iterators of the next epoch begin, by loader
         self._seeds: dict[int, int] = {}
@@ -111,7 +115,7 @@ class Continuation:
             "position": asdict(position),
             "reloaded": reloaded if self._reloads and reloaded >= 0 else None,
             "rng": [entry and entry["rng"] for entry in entries],
-            "loaders": [entry and {name: entry[name] for name in ("train", "val", "metrics")} for entry in entries],
+            "loaders": [entry and {name: value for name, value in entry.items() if name != "rng"} for entry in entries],
         }
 
     def _now(self, position: Position) -> tuple[Position, dict[str, Any]]:
@@ -122,18 +126,22 @@ class Continuation:
         metrics = {name: value.detach().cpu().clone() for name, value in known if isinstance(value, Tensor)}
         own: dict[str, Any] = {"metrics": metrics, "val": [] if places is None else places.have_workers()}
         if plan is not None and plan.state is not None:  # nothing has happened yet
-            return plan.position, {**own, "metrics": plan.metrics, "rng": plan.state, "train": plan.train}
+            before = {"metrics": plan.metrics, "rng": plan.state, "train": plan.train, "logged": plan.logged}
+            return plan.position, {**own, **before}
         state: rng.State | None = None
+        known_then: Snapshot | None = None
         place: Place | None
         if (window := self._open_window(position)) is not None:
             position = Position(epoch=position.epoch, batches=window.batches)
-            state, place = window.state, window.place
+            state, place, known_then = window.state, window.place, window.logged
         else:
             place = self._place(position)
-            if self._trainer.sanity_checking or (self._is_validating and not position.is_validated):
-                state = self._validation  # it will be done again, or was not to change anything
+            is_validating = self._trainer.sanity_checking or (self._is_validating and not position.is_validated)
+            if is_validating and self._validation is not None:
+                state, known_then = self._validation  # it will be done again, or was not to change anything
         own["train"] = [] if place is None else place.positions()
         own["rng"] = rng.collect(self._strategy.root_device) if state is None else state
+        own["logged"] = None if position.begins else (self._log or EpochLog(self._trainer)).saved(known_then)
         return position, own
 
     def _open_window(self, position: Position) -> _Window | None:
@@ -179,7 +187,7 @@ class Continuation:
         self.end()
         self._last = None
         self._next, self._seeds, self._had_workers = {}, {}, []
-        self._places = Places(trainer)
+        self._places, self._log = Places(trainer), EpochLog(trainer)
         checkpoint = trainer._checkpoint_connector._loaded_checkpoint
         loops = checkpoint.get("loops", {}).get("fit_loop")
         if not loops:
@@ -276,6 +284,8 @@ class Continuation:
             fetcher.iterator = iter(())
             if isinstance(fetcher, _PrefetchDataFetcher):
                 fetcher.batches = []
+        if plan.logged is not None and self._log is not None:
+            self._log.restore(plan.logged)
         if plan.had is not None and self._filter is None:
             warnings.filterwarnings("ignore", message=_UNTRUE)
             self._filter = warnings.filters[0]
@@ -304,7 +314,7 @@ class Continuation:
             if (loader := reference()) is not None:
                 replay.release(loader)
         self._watched.clear()
-        self._plan = self._places = self._window = self._validation = None
+        self._plan = self._places = self._log = self._window = self._validation = None
         if self._filter is not None and self._filter in warnings.filters:
             warnings.filters.remove(self._filter)  # type: ignore[attr-defined]
         self._filter = None
@@ -322,7 +332,7 @@ class Continuation:
     def draw(self, drawing: replay.Drawing) -> None:
         """An iterator is about to be asked for a batch."""
         places = self._places
-        if places is None or not places.keep(drawing):
+        if places is None or self._log is None or not places.keep(drawing):
             return
         window = self._trainer.accumulate_grad_batches
         # Not those that are ready: a training_step that fetches for itself is within the batch by then.
@@ -331,7 +341,8 @@ class Continuation:
         if batches % window == 0:
             place = places.find(batches)
             if place is not None:
-                self._window = _Window(batches, rng.collect(self._strategy.root_device), place)
+                state = rng.collect(self._strategy.root_device)
+                self._window = _Window(batches, state, place, self._log.now())
 
     def begin(self, loader: Any) -> replay.Beginning | None:
         """How an iterator of a watched loader is to be made."""
@@ -353,8 +364,8 @@ class Continuation:
                 self._plan.error = self._plan.error or error
                 return None
         index = places.index_in_validation(loader)
-        if index == 0:
-            self._validation = rng.collect(self._strategy.root_device)
+        if index == 0 and self._log is not None:
+            self._validation = rng.collect(self._strategy.root_device), self._log.now()
         if index is not None and index < len(self._had_workers) and self._had_workers[index]:
             replay.start_workers(loader)
         return None

@@ -6,7 +6,7 @@ import functools
 import os
 import random
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +14,7 @@ import lightning.pytorch as pl
 import numpy as np
 import pytest
 import torch
-from lightning.pytorch.callbacks import GradientAccumulationScheduler
+from lightning.pytorch.callbacks import EarlyStopping, GradientAccumulationScheduler
 from lightning.pytorch.utilities.combined_loader import CombinedLoader
 from models import FEATURES, OUTPUTS, Net, trainer, values
 from torch import Tensor, nn
@@ -28,6 +28,7 @@ from torch.utils.data import (
     Sampler,
     get_worker_info,
 )
+from torchmetrics import CatMetric, MaxMetric, MeanMetric, MetricCollection, MinMetric
 
 from harness import Ranks
 from lightning_accel.strategies import AccelDDPStrategy
@@ -147,12 +148,13 @@ KINDS = [kind for kind in LOADERS if kind not in ("shuffled", "in order", "less 
 
 
 class Noisy(pl.LightningModule):
-    """A net with dropout, which notes the batches that it sees and where it was saved."""
+    """A net with dropout, which notes the batches that it sees, what it logs of epochs, and where it was saved."""
 
     def __init__(self, scheduler: str = "step") -> None:
         super().__init__()
         self.scheduler = scheduler
         self.net, self.dropout = Net(), nn.Dropout(0.3)
+        self.logged, self.pair, self.own = MeanMetric(), MetricCollection([MinMetric(), MaxMetric()]), CatMetric()
         self.seen: list[Any] = []
 
     def training_step(self, batch: Any, batch_idx: int) -> Tensor:
@@ -160,7 +162,14 @@ class Noisy(pl.LightningModule):
         parts = [part for part in parts if part is not None]
         self.seen.append((self.current_epoch, batch_idx, [part[0].tolist() for part in parts]))
         losses = [nn.functional.mse_loss(self.net(self.dropout(x)), y) for _, x, y in parts]
-        return torch.stack(losses).sum()
+        loss = torch.stack(losses).sum()
+        self.log("loss", loss, on_step=True, on_epoch=True, batch_size=batch_idx + 1)
+        self.log("largest", loss, on_step=False, on_epoch=True, reduce_fx=max, batch_size=1, sync_dist=True)
+        self.logged.update(loss.detach())
+        self.log("metric", self.logged, on_step=False, on_epoch=True, batch_size=1)
+        self.pair.update(loss.detach())
+        self.own.update(loss.detach())
+        return loss
 
     def validation_step(self, batch: Any, batch_idx: int) -> None:
         drawn = torch.rand(())
@@ -174,6 +183,17 @@ class Noisy(pl.LightningModule):
             return {"optimizer": optimizer, "lr_scheduler": {"scheduler": plateau, "monitor": "drawn"}}
         scheduler = torch.optim.lr_scheduler.ExponentialLR(optimizer, 0.97)
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
+
+
+class EpochsLogged(pl.Callback):
+    """Notes what is known of an epoch of training when it is over."""
+
+    def on_train_epoch_end(self, trainer: pl.Trainer, pl_module: Any) -> None:
+        found = {name: value.item() for name, value in trainer.callback_metrics.items()}
+        found |= {name: value.item() for name, value in pl_module.pair.compute().items()}
+        pl_module.seen.append(("epoch", trainer.current_epoch, found, pl_module.own.compute().reshape(-1).tolist()))
+        pl_module.pair.reset()
+        pl_module.own.reset()
 
 
 class SaveOnce(pl.Callback):
@@ -208,6 +228,7 @@ def train(
     batch_size: int | None = None,
     scheduler: str = "step",
     factors: dict[int, int] | None = None,
+    callbacks: Sequence[pl.Callback] = (),
     **arguments: Any,
 ) -> Result:
     """Train a Noisy; its random numbers begin with ``seed`` and this rank."""
@@ -224,6 +245,8 @@ def train(
         strategy,
         devices=ranks,
         callbacks=[
+            EpochsLogged(),
+            *callbacks,
             *([] if save is None else [SaveOnce(*save)]),
             *([] if factors is None else [GradientAccumulationScheduler(factors)]),
         ],
@@ -232,6 +255,11 @@ def train(
     val_loader = DataLoader(Augmented(), batch_size=2 * batch_size) if validate else None
     used.fit(module, train_loader, val_loader, ckpt_path=ckpt_path)
     return module.seen, values(module), (used.current_epoch, used.global_step)
+
+
+def batches_of(result: Result) -> list[Any]:
+    """What was seen, without what was logged of epochs."""
+    return [entry for entry in result[0] if entry[0] != "epoch"]
 
 
 def assert_goes_on(whole: Result, resumed: Result, repeated: int = 0) -> None:
@@ -248,7 +276,7 @@ def assert_goes_on(whole: Result, resumed: Result, repeated: int = 0) -> None:
     count = len(resumed[0])
     assert count >= len(seen) - at
     assert resumed[0] == seen[len(seen) - count :]
-    again = [entry for entry in seen[len(seen) - count : at] if entry[0] != "validation"]
+    again = [entry for entry in seen[len(seen) - count : at] if isinstance(entry[0], int)]
     assert len(again) <= repeated
     assert resumed[2] == whole[2]
     assert resumed[1].keys() == whole[1].keys()
@@ -348,7 +376,7 @@ def test_a_whole_file_knows_of_all_ranks(ranks2: Ranks, tmp_path: Path) -> None:
     whole = ranks2.run(full_in_ddp, path)
     assert torch.load(path, weights_only=True)["lightning_accel"]["world_size"] == 2
     for before, after in zip(whole, ranks2.run(train, "accel_fsdp", ranks=2, ckpt_path=path, seed=5), strict=True):
-        assert after[0] == before[0][before[0].index("saved") + 1 :]
+        assert batches_of(after) == batches_of(before)[batches_of(before).index("saved") + 1 :]
 
 
 # ------------------------------------------------------------------------- other numbers of ranks
@@ -436,6 +464,18 @@ def test_schedulers_that_follow_a_metric_go_on_exactly(hook: str, tmp_path: Path
     assert_exact(tmp_path / "saved.ckpt", hook, 1, 4, scheduler="plateau")
 
 
+def test_a_checkpoint_of_the_last_batch_has_what_early_stopping_looks_at(tmp_path: Path) -> None:
+    """Of the whole epoch, although no batch of it is left."""
+    path = tmp_path / "saved.ckpt"
+    whole, resumed = (
+        EarlyStopping("loss_epoch", patience=9, check_on_train_epoch_end=True, check_finite=True) for _ in range(2)
+    )
+    train("accel_ddp", save=(path, "on_train_batch_end", 1, 4), callbacks=[whole], validate=False)
+    train("accel_ddp", ckpt_path=path, seed=5, callbacks=[resumed], validate=False)
+    assert resumed.state_dict() == whole.state_dict()
+    assert 0 < resumed.best_score < 10
+
+
 def test_an_accumulation_that_changes_with_epochs_goes_on_exactly(tmp_path: Path) -> None:
     assert_exact(tmp_path / "saved.ckpt", "on_train_batch_end", 1, 2, factors={0: 1, 1: 2})
 
@@ -491,7 +531,7 @@ def test_a_checkpoint_of_stock_lightning_skips_what_was_done(tmp_path: Path) -> 
     whole = train("auto", save=(path, "on_train_batch_end", 1, 2), **settings)
     with pytest.warns(UserWarning, match="Each rank skips as many batches of its own order"):
         resumed = train("accel_ddp", ckpt_path=path, **settings)
-    assert resumed[0] == whole[0][whole[0].index("saved") + 1 :]
+    assert batches_of(resumed) == batches_of(whole)[batches_of(whole).index("saved") + 1 :]
 
 
 def test_stock_lightning_goes_on_from_our_checkpoints(tmp_path: Path) -> None:
