@@ -16,12 +16,13 @@ keep one), ``optimizer.param_groups``. What sees no classes are compiled functio
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from typing_extensions import override
 
 _VALUES = {"data", "T", "mT", "H", "mH", "real", "imag"}
@@ -110,8 +111,15 @@ def depart(parameter: nn.Parameter, name: str, wait: Callable[[], None] | None =
 
     """
     assert not isinstance(parameter, AbsentParameter)
-    parameter._absence = _Absence(name, type(parameter), wait)  # type: ignore[attr-defined]
-    parameter.__class__ = AbsentParameter
+    kind = type(parameter)
+    parameter._absence = _Absence(name, kind, wait)  # type: ignore[attr-defined]
+    parameter.__class__ = AbsentParameter if nn.Parameter in kind.__mro__ else _absent(kind)
+
+
+@functools.cache
+def _absent(kind: type[Tensor]) -> type[AbsentParameter]:
+    """Of parameters whose own class is none of torch's parameters, but carries their operations out: fake tensors."""
+    return type(AbsentParameter.__name__, (AbsentParameter, kind), {})
 
 
 def arrive(parameter: nn.Parameter) -> None:

@@ -355,7 +355,7 @@ class Average:
                     fill_part(unit, position, loaded, take(name, parameter))
             if flat is None:
                 differs = not torch.equal(loaded.to(unit.memory.mine.device), unit.memory.mine)
-                if collectives.agree(torch.tensor([differs], dtype=torch.uint8)).item():
+                if collectives.agree([differs])[0]:
                     self._flats[unit] = loaded
         placed = {parameter for unit in engine.units for parameter in unit.parameters}
         for parameter, name in engine.names.items():

@@ -228,25 +228,27 @@ class Collectives(ABC):
         self.traffic.add("broadcast", nbytes(tensor) if self.rank == source else 0)
         dist.broadcast(_real(tensor), group=self.group, group_src=source)
 
-    def agree(self, flags: Tensor) -> Tensor:
-        """Element-wise maximum over ranks of a small uint8 vector on the host. Waits."""
-        if self.ranks > 1:
-            self.traffic.add("agree", _ring(nbytes(flags), self.ranks, passes=2))
-            dist.all_reduce(flags, op=dist.ReduceOp.MAX, group=self._control)
-        return flags
+    def agree(self, flags: Sequence[bool]) -> list[bool]:
+        """For each flag, whether any rank has set it. Waits."""
+        if self.ranks == 1:
+            return list(flags)
+        message = torch.tensor(flags, dtype=torch.uint8)
+        self.traffic.add("agree", ring(nbytes(message), self.ranks, passes=2))
+        dist.all_reduce(message, op=dist.ReduceOp.MAX, group=self._control)
+        return [bool(flag) for flag in message.tolist()]
 
     def start_agreement(self, flags: Sequence[bool]) -> Agreement:
         """Start to compare flags with the other ranks."""
         counts = torch.tensor(flags, dtype=torch.int32)
         if self.ranks == 1:
             return Agreement(counts, 1, None)
-        self.traffic.add("agree", _ring(nbytes(counts), self.ranks, passes=2))
+        self.traffic.add("agree", ring(nbytes(counts), self.ranks, passes=2))
         return Agreement(counts, self.ranks, dist.all_reduce(counts, group=self._control, async_op=True))
 
     def sum_scalar(self, value: Tensor, *, maximum: bool = False) -> Tensor:
         """Sum (or maximum) of a 0-dim tensor over ranks, in place. Waits."""
         if self.ranks > 1:
-            self.traffic.add("scalar", _ring(nbytes(value), self.ranks, passes=2))
+            self.traffic.add("scalar", ring(nbytes(value), self.ranks, passes=2))
             dist.all_reduce(value, op=dist.ReduceOp.MAX if maximum else dist.ReduceOp.SUM, group=self.group)
         return value
 
@@ -270,6 +272,18 @@ class Collectives(ABC):
                     store.add("accel/missed", 1)
                 time.sleep(_PAUSE_S)
         return False
+
+    def beside(self) -> dist.ProcessGroup:
+        """A group of the same ranks for messages of the host. All of them make it together."""
+        return group_beside(self.group, self.device)
+
+    def gather_numbers(self, number: int, group: dist.ProcessGroup) -> list[int]:
+        """A number of 64 bits of every rank, by rank, over a group that ``beside`` made. Waits."""
+        mine = torch.tensor([number])
+        self.traffic.add("agree", mine.nbytes * (self.ranks - 1))
+        numbers = [torch.zeros_like(mine) for _ in range(self.ranks)]
+        dist.all_gather(numbers, mine, group=group)
+        return [int(one.item()) for one in numbers]
 
     def gather_objects(self, value: Any) -> list[Any]:
         """A small picklable object of every rank, by rank. For set-up and checkpoints, not for steps."""
@@ -461,9 +475,10 @@ class TorchCollectives(Collectives):
     @override
     def all_gather(self, buffer: Tensor, layout: Layout) -> Pending:
         self.traffic.add("all_gather", sent_gathering(buffer, layout, self.rank))
-        parts = [_real(buffer[slice(*layout.part(peer))]) for peer in range(self.ranks)]
         if layout.is_even:
-            return Pending([_all_gather_single(_real(buffer), parts[self.rank], group=self.group, async_op=True)])
+            mine = _real(buffer[slice(*layout.part(self.rank))])
+            return Pending([_all_gather_single(_real(buffer), mine, group=self.group, async_op=True)])
+        parts = [_real(buffer[slice(*layout.part(peer))]) for peer in range(self.ranks)]
         return Pending(
             [
                 dist.broadcast(part, group=self.group, group_src=peer, async_op=True)
@@ -528,6 +543,10 @@ def connect(device: torch.device, group: dist.ProcessGroup | None = None) -> Col
             "Expected an initialised torch.distributed process group, found none. Start the script with torchrun, or"
             " through Lightning's Trainer or Fabric, or call torch.distributed.init_process_group first."
         )
+    if "fake" in str(dist.get_backend(group)):
+        from lightning_accel.core.simulated import SimulatedCollectives
+
+        return SimulatedCollectives(device, group, group)
     if device.type == "cpu":
         if "gloo" not in str(dist.get_backend(group)):
             return TorchCollectives(device, group, group)
@@ -594,5 +613,6 @@ def sent_reducing(buffer: Tensor, layout: Layout, rank: int) -> int:
     return sent_scattering(buffer, layout, rank) + sent_gathering(buffer, layout, rank)
 
 
-def _ring(size: int, ranks: int, passes: int) -> int:
+def ring(size: int, ranks: int, passes: int) -> int:
+    """Bytes that one rank sends of ``size`` bytes that go round a ring of all ranks ``passes`` times."""
     return passes * size * (ranks - 1) // ranks

@@ -14,10 +14,9 @@ from __future__ import annotations
 import hashlib
 import weakref
 
-import torch
 import torch.distributed as dist
 
-from lightning_accel.core.collectives import Collectives, group_beside
+from lightning_accel.core.collectives import Collectives
 
 _REMEDY = (
     "Ranks that share no memory must call a model whose parameters rest sharded equally often, and use the same parts"
@@ -62,19 +61,17 @@ class Lockstep:
         told = (doing, self._gathered)
         self._gathered = []
         digest = hashlib.blake2b(repr(told).encode(), digest_size=7).digest()
-        mine = torch.tensor([int.from_bytes(digest, "big")])
-        ranks = self._collectives.ranks
-        codes = [torch.zeros_like(mine) for _ in range(ranks)]
-        self._collectives.traffic.add("agree", mine.nbytes * (ranks - 1))
+        mine = int.from_bytes(digest, "big")
+        assert self._group is not None
         try:
-            dist.all_gather(codes, mine, group=self._group)
+            codes = self._collectives.gather_numbers(mine, self._group)
         except RuntimeError as error:
             raise RuntimeError(
                 f"Expected all ranks to come to {doing} of a model whose parameters rest sharded; some did not, or have"
                 f" ended. {_REMEDY}"
             ) from error
-        if any(code.item() != mine.item() for code in codes):
-            everyone: list[tuple[str, list[str]]] = [told] * ranks
+        if any(code != mine for code in codes):
+            everyone: list[tuple[str, list[str]]] = [told] * len(codes)
             dist.all_gather_object(everyone, told, group=self._group)
             raise RuntimeError(_difference(everyone))
 
@@ -104,5 +101,5 @@ def _group_beside(collectives: Collectives) -> dist.ProcessGroup:
     whole = collectives.group or dist.group.WORLD
     assert whole is not None
     if whole not in _groups:
-        _groups[whole] = group_beside(whole, collectives.device)
+        _groups[whole] = collectives.beside()
     return _groups[whole]

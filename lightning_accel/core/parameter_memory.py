@@ -29,7 +29,7 @@ from torch import Tensor, nn
 from lightning_accel.core.absent import AbsentParameter, arrive, depart
 from lightning_accel.core.collectives import Collectives, Pending, Published
 from lightning_accel.core.layout import Layout
-from lightning_accel.core.memory import zeros
+from lightning_accel.core.memory import taken, zeros
 from lightning_accel.core.offload import host_memory
 from lightning_accel.core.placement import Rest, Row
 
@@ -179,15 +179,17 @@ class ParameterMemory:
     def _new_buffer(self, dtype: torch.dtype) -> Tensor:
         device = self._collectives.device
         if self.is_sharded:  # memory that can be freed and filled again
-            return torch.zeros(self.layout.total, dtype=dtype, device=device)
-        return zeros(self.layout.total, dtype, device)
+            return taken(torch.zeros(self.layout.total, dtype=dtype, device=device), "gathered")
+        return taken(zeros(self.layout.total, dtype, device), "parameters")
 
     def _new_part(self, dtype: torch.dtype) -> Tensor:
         start, stop = self.part
         device = self._collectives.device
         if self._on_host and device.type != "cpu":
             return host_memory(stop - start, dtype)
-        return torch.empty(stop - start, dtype=dtype, device=device)
+        is_master = self.has_master and dtype == self.master_dtype
+        part = torch.empty(stop - start, dtype=dtype, device=device)
+        return taken(part, "master_parameters" if is_master else "parameters")
 
     @property
     def part(self) -> tuple[int, int]:
@@ -255,6 +257,7 @@ class ParameterMemory:
                 arrive(parameter)
         self._rounded = self.buffer, self.views
         whole = torch.zeros(self.layout.total, dtype=self.master_dtype, device=self._collectives.device)
+        taken(whole, "gathered")
         self._look_at(whole, [self.view(whole, position) for position in range(len(self.parameters))])
         self._gather_master()
 

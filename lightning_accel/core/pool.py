@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from lightning_accel.core.collectives import nbytes
-from lightning_accel.core.memory import zeros
+from lightning_accel.core.memory import taken, zeros
 
 
 class BufferPool:
@@ -35,7 +35,7 @@ class BufferPool:
             if small:
                 self._free.pop(small[0])
             make = zeros if self._keeps else _short_lived
-            buffer = make(numel, dtype, device)
+            buffer = taken(make(numel, dtype, device), "gradients")
         self._lent += nbytes(buffer)
         self.peak_bytes = max(self.peak_bytes, self._lent + sum(map(nbytes, self._free)))
         return buffer

@@ -151,8 +151,7 @@ class Reduction:
         self._check_pattern()
         flags = [flag for unit in units for flag in unit.contributes]
         late = [unit.is_late for unit in units]
-        message = torch.tensor([*flags, *late, *told, *self._buffers.changed()], dtype=torch.uint8)
-        agreed = [bool(flag) for flag in self._world.agree(message).tolist()]
+        agreed = self._world.agree([*flags, *late, *told, *self._buffers.changed()])
         used: dict[Unit, list[bool]] = {}
         for unit in units:
             used[unit], agreed = agreed[: len(unit.parameters)], agreed[len(unit.parameters) :]

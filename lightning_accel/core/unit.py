@@ -33,7 +33,7 @@ from torch import Tensor, nn
 
 from lightning_accel.core.collectives import Pending
 from lightning_accel.core.layout import Layout
-from lightning_accel.core.memory import zeros
+from lightning_accel.core.memory import taken, zeros
 from lightning_accel.core.mesh import Mesh
 from lightning_accel.core.parameter_memory import Gauge, ParameterMemory
 from lightning_accel.core.placeholder import ShardedGradient
@@ -186,14 +186,14 @@ class Unit:
         if self.grad is not None:
             return
         if self._row.accumulating is Rest.REPLICATED:
-            self.grad = zeros(self.layout.total, self._grad_dtype, self.flat.device)
+            self.grad = taken(zeros(self.layout.total, self._grad_dtype, self.flat.device), "gradients")
             self.rest = self.grad[slice(*self.part)]
         else:
             self._borrowed = self._pool.borrow(self.layout.total, self._grad_dtype, self.flat.device)
             self.grad = self._borrowed[: self.layout.total]
             if self.rest is None:
                 start, stop = self.part
-                self.rest = self.flat.new_zeros(stop - start, dtype=self._rest_dtype)
+                self.rest = taken(self.flat.new_zeros(stop - start, dtype=self._rest_dtype), "gradients")
         self._grad_views = [self.view(self.grad, position) for position in range(len(self.parameters))]
 
     def _close_buffers(self) -> None:
@@ -408,7 +408,7 @@ class Unit:
             # Straight to the resting place, unless gradients already there must be added to.
             out = self.rest if self._aside is None else self.grad[slice(*self.part)]
             if out.dtype != self._rest_dtype:
-                out = self._sum = torch.empty_like(self.rest)
+                out = self._sum = taken(torch.empty_like(self.rest), "gradients")
             self._reduction = self._mesh.shard.reduce_scatter(self.grad, self.layout, out)
             if self._scale_of_sum != 1.0:
                 self._reduction = Pending([self._reduction], partial(_scale, out, self._scale_of_sum))

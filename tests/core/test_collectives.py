@@ -130,7 +130,7 @@ def test_all_reduce_gives_every_rank_the_same_bits(ranks3):
 def small_ones():
     collectives = connect(torch.device("cpu"))
     rank, ranks = collectives.rank, collectives.ranks
-    flags = collectives.agree(torch.tensor([rank == 0, rank == 1, False], dtype=torch.uint8)).tolist()
+    flags = collectives.agree([rank == 0, rank == 1, False])
     total = collectives.sum_scalar(torch.tensor(float(rank + 1))).item()
     largest = collectives.sum_scalar(torch.tensor(float(rank + 1)), maximum=True).item()
     tensor = torch.full((3,), float(rank))
