@@ -1,0 +1,1 @@
+"""What training would allocate and send, before anybody runs it."""
