@@ -37,15 +37,25 @@ class Dtypes:
     """What gradients travel in, where every backward reduces; by default what they are computed in. They are added up,
     over ranks and micro-batches, in the dtype of what they update."""
 
+    grad: torch.dtype | None = None
+    """What gradients of rounded parameters are added up and rest in; by default the dtype of what they update."""
+
     @staticmethod
-    def checked(param: torch.dtype | None, reduce: torch.dtype | None, row: Row, *, vectors: bool = False) -> Dtypes:
+    def checked(
+        param: torch.dtype | None,
+        reduce: torch.dtype | None,
+        row: Row,
+        *,
+        vectors: bool = False,
+        grad: torch.dtype | None = None,
+    ) -> Dtypes:
         """The meaning of a user's settings.
 
         Raises:
             ValueError: If a dtype is not a floating-point one, or the row cannot do it.
 
         """
-        for name, dtype in (("param_dtype", param), ("reduce_dtype", reduce)):
+        for name, dtype in (("param_dtype", param), ("reduce_dtype", reduce), ("grad_dtype", grad)):
             if dtype is not None and not dtype.is_floating_point:
                 raise ValueError(f"Expected {name} to be a floating-point dtype, got {dtype}.")
         if param is not None and row.optimizer_state is not Rest.SHARDED:
@@ -58,7 +68,12 @@ class Dtypes:
                 f"Expected reduce_dtype for rows that reduce in every backward, got {reduce} for row {row.name!r},"
                 " which adds gradients up on each rank. Use zero2 or fsdp."
             )
-        return Dtypes(param=param, reduce=reduce, vectors=vectors)
+        if grad is not None and param is None:
+            raise ValueError(
+                f"Expected grad_dtype together with param_dtype only, got {grad} alone: gradients of parameters that"
+                " are not rounded rest in the parameters' own dtype. Give param_dtype as well."
+            )
+        return Dtypes(param=param, reduce=reduce, vectors=vectors, grad=grad)
 
     def of(self, dtype: torch.dtype, *, is_matrix: bool) -> torch.dtype:
         """What the model computes with instead of parameters of a dtype.

@@ -76,6 +76,8 @@ class Engine:
             autocast.
         reduce_dtype: What gradients travel in, for rows that reduce in every backward; by default what they are
             computed in. They are added up in the dtype that parameters came with.
+        grad_dtype: What gradients of parameters that ``param_dtype`` rounds are added up and rest in instead; the
+            optimizer gets them in the dtype that parameters came with. Less precise, and what the ZeRO paper counts.
 
     Raises:
         ValueError: If the row or a unit does not exist, the ranks' models differ, ``shard_size`` does not divide the
@@ -111,6 +113,7 @@ class Engine:
         param_dtype: torch.dtype | None = None,
         reduce_dtype: torch.dtype | None = None,
         round_vectors: bool = False,
+        grad_dtype: torch.dtype | None = None,
     ) -> None:
         if not bucket_cap_mb > 0:
             raise ValueError(f"Expected bucket_cap_mb to be positive, got {bucket_cap_mb}.")
@@ -119,7 +122,7 @@ class Engine:
             raise ValueError(f"Expected shard_size for hybrid rows only, got {shard_size} for row {self.row.name!r}.")
         self.offload = Offload.of(offload, offload_dir, self.row)
         """What is kept away from the device."""
-        dtypes = Dtypes.checked(param_dtype, reduce_dtype, self.row, vectors=round_vectors)
+        dtypes = Dtypes.checked(param_dtype, reduce_dtype, self.row, vectors=round_vectors, grad=grad_dtype)
         self.module = module
         for former in engines_of(module):
             former.close()  # as when a cell of a notebook is run again

@@ -189,6 +189,7 @@ class Roster:
             on_host=self._on_host,
             dtype=self._dtypes_of(parameters[0])[1],
             reduce_dtype=self._dtypes.reduce,
+            grad_dtype=self._dtypes.grad,
         )
 
     def _dissolve(self, unit: Unit) -> None:

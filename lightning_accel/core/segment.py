@@ -50,7 +50,11 @@ class Segment:
     @property
     def copies_gradient(self) -> bool:
         """Whether the optimizer steps with a copy of the gradient."""
-        return self.on_host and not is_on_host(self.unit.flat)
+        return self._casts_gradient or (self.on_host and not is_on_host(self.unit.flat))
+
+    @property
+    def _casts_gradient(self) -> bool:
+        return self.unit.rest_dtype != self._values.dtype
 
     def bring(self) -> None:
         """Have the values and the reduced gradient where the optimizer updates them."""
@@ -59,7 +63,9 @@ class Segment:
             gradient = gradient.as_strided(self._values.shape, self._values.stride())
         if self._is_copied:
             self.tensor.data = _to_host(self._values)
-        self.tensor.grad = _to_host(gradient) if self.copies_gradient else gradient
+        if self._casts_gradient:
+            gradient = gradient.to(self._values.dtype)
+        self.tensor.grad = _to_host(gradient) if self.on_host and not is_on_host(gradient) else gradient
 
     def put_back(self) -> None:
         """Have updated values where they rest."""

@@ -81,6 +81,7 @@ class Unit:
         on_host: Keep this rank's part of parameters that rest sharded in host memory.
         dtype: What the model computes with, if not the parameters' own.
         reduce_dtype: What gradients travel in, where each backward reduces; by default what they are computed in.
+        grad_dtype: What gradients rest in where there are master values; by default the dtype of these.
 
     """
 
@@ -98,6 +99,7 @@ class Unit:
         on_host: bool = False,
         dtype: torch.dtype | None = None,
         reduce_dtype: torch.dtype | None = None,
+        grad_dtype: torch.dtype | None = None,
     ) -> None:
         self.name = name
         self.layout = layout
@@ -122,13 +124,15 @@ class Unit:
         """Whether arriving gradients count as zeros."""
 
         self.memory = ParameterMemory(self.parameters, self.names, layout, row, mesh.shard, gauge, on_host, dtype)
-        self._rest_dtype = self.memory.master_dtype
+        self.rest_dtype = self.memory.master_dtype
+        """Of reduced gradients."""
         # To what arrives or, if that is not precise enough, to what was added up in a wider dtype.
         self._scale, self._scale_of_sum = 1.0 / mesh.world.ranks, 1.0
         if self.memory.has_master:
             self._scale, self._scale_of_sum = self._scale_of_sum, self._scale
-        # What is added up over micro-batches is as precise as what it will update.
-        self._grad_dtype = self._rest_dtype
+            self.rest_dtype = grad_dtype or self.rest_dtype
+        # What is added up over micro-batches is as precise as what it will update, unless the user wants it smaller.
+        self._grad_dtype = self.rest_dtype
         if row.accumulating is Rest.SHARDED:
             self._grad_dtype = reduce_dtype or self.memory.dtype
         self._sum: Tensor | None = None  # what is reduced now, if neither ``grad`` nor ``rest`` has room for it
@@ -193,7 +197,7 @@ class Unit:
             self.grad = self._borrowed[: self.layout.total]
             if self.rest is None:
                 start, stop = self.part
-                self.rest = taken(self.flat.new_zeros(stop - start, dtype=self._rest_dtype), "gradients")
+                self.rest = taken(self.flat.new_zeros(stop - start, dtype=self.rest_dtype), "gradients")
         self._grad_views = [self.view(self.grad, position) for position in range(len(self.parameters))]
 
     def _close_buffers(self) -> None:
@@ -240,7 +244,7 @@ class Unit:
         self._open_buffers()
         assert self.rest is not None
         slot = self.layout.slots[position]
-        whole = value.new_empty(slot.numel, dtype=self._rest_dtype)
+        whole = value.new_empty(slot.numel, dtype=self.rest_dtype)
         whole.as_strided(value.shape, self.memory.strides[position]).copy_(value)
         start, stop = self.part
         begin, end = max(slot.start, start), min(slot.stop, stop)
@@ -407,7 +411,7 @@ class Unit:
         else:
             # Straight to the resting place, unless gradients already there must be added to.
             out = self.rest if self._aside is None else self.grad[slice(*self.part)]
-            if out.dtype != self._rest_dtype:
+            if out.dtype != self.rest_dtype:
                 out = self._sum = taken(torch.empty_like(self.rest), "gradients")
             self._reduction = self._mesh.shard.reduce_scatter(self.grad, self.layout, out)
             if self._scale_of_sum != 1.0:
@@ -527,7 +531,7 @@ class Unit:
         if self.content[position] is not Content.REDUCED or self._inside:
             return None
         assert self.rest is not None
-        full = torch.zeros(self.layout.total, dtype=self._rest_dtype, device=self.flat.device)
+        full = torch.zeros(self.layout.total, dtype=self.rest_dtype, device=self.flat.device)
         full[slice(*self.part)] = self.rest * self.factor
         if self._row.gradients is Rest.SHARDED:
             self._mesh.shard.all_gather(full, self.layout).wait()

@@ -56,7 +56,8 @@ class Setting:
     units: Units | None = None
     bucket_cap_mb: float = 25.0
     round_vectors: bool = False
-    """As for the engine."""
+    """As for the engine, where the precision is a mixed one and the row has parameters rounded; so is the next."""
+    grad_dtype: torch.dtype | None = None
     steps: int = 2
     """The last one is what is noted."""
 
@@ -91,14 +92,16 @@ def simulate(subject: Subject, setting: Setting) -> Outcome:
         ledger.label([t for t in tree_leaves(batch) if isinstance(t, Tensor)], "temporary")
         ledger.label(module.buffers(), "buffers")
         ledger.label(module.parameters(), "parameters")  # those that get no unit; the others get memory of the engine's
+        rounded = setting.precision.rounded(setting.row)
         engine = Engine(
             module,
             setting.row,
             units=setting.units,
             bucket_cap_mb=setting.bucket_cap_mb,
             shard_size=setting.shard_size if setting.row.hybrid else None,
-            param_dtype=setting.precision.rounded(setting.row),
-            round_vectors=setting.round_vectors and setting.precision.rounded(setting.row) is not None,
+            param_dtype=rounded,
+            round_vectors=setting.round_vectors and rounded is not None,
+            grad_dtype=None if rounded is None else setting.grad_dtype,
         )
         if setting.checkpointing:
             engine.at_close.callback(recompute(engine.blocks.values()))

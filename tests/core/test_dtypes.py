@@ -419,3 +419,37 @@ def test_mistakes_are_refused() -> None:
         Dtypes.checked(torch.bfloat16, None, find_row("ddp"))
     with pytest.raises(ValueError, match="Expected reduce_dtype for rows that reduce in every backward"):
         Dtypes.checked(None, torch.bfloat16, find_row("zero1"))
+
+
+def with_narrow_gradients(row: str) -> tuple[float, int, int]:
+    alone, module = build(Layers), build(Layers)
+    train_alone(alone, 20, dist.get_world_size(), 3, clip=0.05, vectors=True)
+    options: dict[str, Any] = {"param_dtype": torch.float32, "round_vectors": True, "bucket_cap_mb": 0.0005}
+    engine = Engine(module, row, grad_dtype=torch.float32, **options)
+    optimizer = adamw(module.parameters())
+    engine.add_optimizer(optimizer)
+    train(engine, optimizer, 20, 3, clip=0.05)
+    narrow = engine.report().at_rest["gradients"]
+    within = relative_error(values(engine), alone.parameters())
+    engine.close()
+    wide = Engine(module, row, **options)
+    again = adamw(module.parameters())
+    wide.add_optimizer(again)
+    train(wide, again, 1, 3, clip=None)
+    size = wide.report().at_rest["gradients"]
+    wide.close()
+    return within, narrow, size
+
+
+@pytest.mark.parametrize("row", everyday(MIXED))
+def test_gradients_may_rest_in_what_they_are_computed_in(ranks2: Ranks, row: str) -> None:
+    for within, narrow, wide in ranks2.run(with_narrow_gradients, row):
+        assert EXACT < within < 1e-4  # fp32 rounds sums of gradients, and nothing else does
+        assert 2 * narrow == wide > 0
+
+
+def test_narrow_gradients_are_of_rounded_parameters() -> None:
+    with pytest.raises(ValueError, match="grad_dtype together with param_dtype only, got torch.bfloat16"):
+        Dtypes.checked(None, None, find_row("zero2"), grad=torch.bfloat16)
+    with pytest.raises(ValueError, match="Expected grad_dtype to be a floating-point dtype, got torch.int8"):
+        Dtypes.checked(torch.bfloat16, None, find_row("zero2"), grad=torch.int8)
