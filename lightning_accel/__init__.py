@@ -4,10 +4,11 @@ Importing this package registers the ``accel_*`` strategies with Lightning's Tra
 """
 
 from importlib.util import find_spec
+from typing import Any
 
 from lightning_accel.core import engine_of
 
-__all__ = ["engine_of"]
+__all__ = ["engine_of", "plan"]
 __version__ = "0.1.0"
 
 # The engine itself needs torch alone.
@@ -17,3 +18,12 @@ if find_spec("lightning") is not None:
 
     __all__ += ["AccelPrecision"]
     register()
+
+
+def __getattr__(name: str) -> Any:
+    # torch's fake tensors take a while to import, and few need them.
+    if name == "plan":
+        from lightning_accel.planning import plan
+
+        return plan
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

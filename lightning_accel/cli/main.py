@@ -6,6 +6,7 @@ import typer
 
 from lightning_accel.cli.convert import convert
 from lightning_accel.cli.inspect import inspect
+from lightning_accel.cli.plan import plan
 
 app = typer.Typer(
     name="accel",
@@ -24,6 +25,7 @@ def _has_subcommands() -> None:
 
 app.command()(convert)
 app.command()(inspect)
+app.command()(plan)
 
 
 def main() -> None:

@@ -53,7 +53,7 @@ class Subject:
         if isinstance(model, nn.Module):
             made: Any = model
         elif callable(model):
-            made = _make(model)
+            made = make_on_meta(model)
         else:
             raise TypeError(f"Expected a module, or a callable that makes one, got {type(model).__name__}.")
         if isinstance(made, tuple) and len(made) == 2:
@@ -156,7 +156,13 @@ class Subject:
         return found
 
 
-def _make(factory: Callable[[], Any]) -> Any:
+def make_on_meta(factory: Callable[[], Any]) -> Any:
+    """What a callable makes, with the meta device as torch's default.
+
+    Raises:
+        ValueError: If that cannot be done there.
+
+    """
     try:
         with torch.device("meta"):
             return factory()

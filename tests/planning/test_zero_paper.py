@@ -1,7 +1,7 @@
 """The table of the ZeRO paper (Rajbhandari et al., 2020, figure 1 and section 7), from what the engine allocates.
 
-A GPT of 7.5B parameters, mixed-precision Adam, 64 ranks: 120, 31.4, 16.6 and 1.9 GB of model states on each rank for the
-baseline and ZeRO-1 to 3, and 2, 2, 2 and 3 times the model (in 16 bits) on the wire.
+A GPT of 7.5B parameters, mixed-precision Adam, 64 ranks: 120, 31.4, 16.6 and 1.9 GB of model states on each rank for
+the baseline and ZeRO-1 to 3, and 2, 2, 2 and 3 times the model (in 16 bits) on the wire.
 """
 
 from __future__ import annotations
