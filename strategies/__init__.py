@@ -4,6 +4,7 @@ from lightning.fabric.strategies import STRATEGY_REGISTRY
 from lightning.pytorch.strategies import StrategyRegistry
 
 from lightning_accel.strategies import fabric
+from lightning_accel.strategies.auto import AccelAutoStrategy
 from lightning_accel.strategies.ddp import AccelDDPStrategy
 from lightning_accel.strategies.float8 import offer_float8
 from lightning_accel.strategies.float16 import keep_float16_on_cpu
@@ -13,12 +14,12 @@ from lightning_accel.strategies.stock import teach
 from lightning_accel.strategies.trainer import AccelStrategy
 from lightning_accel.strategies.zero import AccelZeROStrategy
 
-__all__ = ["AccelDDPStrategy", "AccelFSDPStrategy", "AccelZeROStrategy", "register"]
+__all__ = ["AccelAutoStrategy", "AccelDDPStrategy", "AccelFSDPStrategy", "AccelZeROStrategy", "register"]
 
 
 def register() -> None:
     """Make the strategies' names known to the Trainer and to Fabric."""
-    for kind in (AccelDDPStrategy, AccelZeROStrategy, AccelFSDPStrategy):
+    for kind in (AccelDDPStrategy, AccelZeROStrategy, AccelFSDPStrategy, AccelAutoStrategy):
         kind.register_strategies(StrategyRegistry)
     for twin in (fabric.AccelDDPStrategy, fabric.AccelZeROStrategy, fabric.AccelFSDPStrategy):
         twin.register_strategies(STRATEGY_REGISTRY)

@@ -43,7 +43,8 @@ class Checkpoints:
         self.are_sharded = sharded
         """Whether they are directories."""
         self._asked = state_dict_type
-        self._row = row
+        self.row = row
+        """What is written down with a checkpoint."""
         self._async = async_save
         self._saver: Saver | None = None
 
@@ -73,7 +74,7 @@ class Checkpoints:
         """
         if self._saver is None:
             self._saver = Saver(_gather, dist.get_rank() if dist.is_initialized() else 0)
-        self._saver.save(path, checkpoint, info={"row": self._row.name, **info}, background=self._async)
+        self._saver.save(path, checkpoint, info={"row": self.row.name, **info}, background=self._async)
 
     def after_saving(self, action: Callable[[], None]) -> None:
         """Do something now or, if a save is under way, when it has succeeded."""
