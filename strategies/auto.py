@@ -37,7 +37,7 @@ class AccelAutoStrategy(AccelStrategy):
 
     Before ``fit`` sets the model up, a plan is made as ``lightning_accel.plan`` makes it, for one batch of the training
     data, and a line says what was chosen and why. If no plan can be made (see there; also for data that cannot be
-    indexed, and optimizers that ask for the Trainer) a warning says why, and ``accel_fsdp`` is taken. If nothing fits,
+    indexed) a warning says why, and ``accel_fsdp`` is taken. If nothing fits,
     a warning says so, and what needs least memory is tried.
 
     Args:
@@ -136,6 +136,6 @@ def _collated(loader: DataLoader[Any]) -> Any:
             f"Expected training data that can be indexed and is batched by its DataLoader, got a"
             f" {type(loader.dataset).__name__}."
         )
-    size: int = loader.batch_size or getattr(loader.batch_sampler, "batch_size", 1)
+    size = int(loader.batch_size or getattr(loader.batch_sampler, "batch_size", 1))
     samples = range(min(size, len(loader.dataset)))  # type: ignore[arg-type]
     return loader.collate_fn([loader.dataset[index] for index in samples])

@@ -86,7 +86,8 @@ def simulate(subject: Subject, setting: Setting) -> Outcome:
 
     """
     mode = FakeTensorMode(allow_non_fake_inputs=True)
-    module, batch = subject.copied(mode, setting.precision), subject.batch_copied(mode, setting.precision)
+    module = subject.copied(mode, setting.precision, setting.ranks)
+    batch = subject.batch_copied(mode, setting.precision)
     module.train()
     with simulated(setting.ranks), mode, Ledger() as ledger:
         ledger.label([t for t in tree_leaves(batch) if isinstance(t, Tensor)], "temporary")

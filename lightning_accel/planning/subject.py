@@ -20,6 +20,7 @@ from torch.optim import Optimizer
 from torch.utils._pytree import tree_map_only
 
 from lightning_accel.planning.precision import Precision
+from lightning_accel.planning.stand_in import StandInTrainer
 
 OptimizerMaker = Callable[[Any], Optimizer]
 """Makes an optimizer of parameters: a class, or ``lambda parameters: ...``."""
@@ -85,7 +86,7 @@ class Subject:
         """Whether ``training_step`` is what makes a loss of a batch."""
         return callable(getattr(self.module, "training_step", None))
 
-    def copied(self, mode: FakeTensorMode, precision: Precision) -> nn.Module:
+    def copied(self, mode: FakeTensorMode, precision: Precision, ranks: int = 1) -> nn.Module:
         """A copy of the module without memory. See [Note: copies without memory]."""
         module = self.module
         memo: dict[int, Any] = {}
@@ -97,7 +98,10 @@ class Subject:
         if trainer is not None:
             memo[id(trainer)] = None
         copied = copy.deepcopy(module, memo)
-        for part in copied.modules():  # tensors that are neither: masks, tables
+        for part in copied.modules():
+            if "_trainer" in vars(part):
+                vars(part)["_trainer"] = StandInTrainer(ranks)
+            # Tensors that are neither: masks, tables.
             for name, value in list(vars(part).items()):
                 if isinstance(value, Tensor) and value.is_meta:
                     setattr(part, name, _fake(mode, value, precision))
@@ -146,7 +150,10 @@ class Subject:
                 f"Expected automatic optimization, but {type(module).__name__} steps its optimizers by itself: plan for"
                 " one of its parts, with optimizer=..."
             )
-        configured = module.configure_optimizers()  # type: ignore[operator]
+        try:
+            configured = module.configure_optimizers()  # type: ignore[operator]
+        except AttributeError as error:  # of the Trainer that is not there
+            raise ValueError(f"Expected configure_optimizers() to need no Trainer, but {error}") from error
         found = [one for one in _flat(configured) if isinstance(one, Optimizer)]
         if not found:
             raise ValueError(

@@ -129,7 +129,8 @@ class Lit(L.LightningModule):
         decayed = [p for p in self.parameters() if p.dim() > 1]
         others = [p for p in self.parameters() if p.dim() < 2]
         optimizer = torch.optim.SGD([{"params": decayed}, {"params": others, "weight_decay": 0.0}], momentum=0.9)
-        return [optimizer], [torch.optim.lr_scheduler.StepLR(optimizer, 1)]
+        steps = self.trainer.estimated_stepping_batches // self.trainer.world_size
+        return [optimizer], [torch.optim.lr_scheduler.StepLR(optimizer, steps)]
 
 
 def test_a_lightning_module_is_used_as_it_is() -> None:
@@ -144,6 +145,17 @@ def test_a_lightning_module_is_used_as_it_is() -> None:
         assert torch.equal(parameter, values[name])
         assert type(parameter) is nn.Parameter
     assert small(model=Lit, optimizer=None, rows=["ddp"]).rows[0].at_rest == found.at_rest
+
+
+class AsksTheTrainer(Lit):
+    def configure_optimizers(self) -> Any:
+        return torch.optim.SGD(self.parameters(), lr=self.trainer.model.lr)
+
+
+def test_what_only_a_trainer_knows_is_said() -> None:
+    with pytest.raises(ValueError, match=r"to need no Trainer, but there is no trainer.model .* Give optimizer="):
+        small(model=AsksTheTrainer, optimizer=None)
+    assert small(model=AsksTheTrainer).rows
 
 
 def test_batches_of_all_kinds_and_outputs_with_a_loss() -> None:
