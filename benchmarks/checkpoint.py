@@ -35,7 +35,7 @@ import torch.multiprocessing
 
 from benchmarks.config import Config
 from benchmarks.measure import peak_resident_bytes, reset_peak, resident_bytes
-from benchmarks.models import GPT, MODELS
+from benchmarks.models import MODELS, build_model
 from benchmarks.savers import CONTESTANTS, REFERENCE, AccelAlone, AccelFSDP, Contestant, Sharded
 from benchmarks.stats import Spread, ratios, visiting_order
 
@@ -252,7 +252,7 @@ def _trim() -> None:
 def report(config: Config, results: Results) -> str:
     """The tables of one model, as text."""
     with torch.device("meta"):
-        elements = sum(parameter.numel() for parameter in GPT(MODELS[config.model]).parameters())
+        elements = sum(parameter.numel() for parameter in build_model(config).parameters())
     of_torch = results[REFERENCE]
     saving, loading, background = [], [], []
     for name, figures in results.items():

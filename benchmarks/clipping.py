@@ -16,7 +16,8 @@ from collections.abc import Callable, Sequence
 import torch
 import torch.distributed as dist
 
-from benchmarks.models import GPT, MODELS
+from benchmarks.config import Config
+from benchmarks.models import MODELS, build_model
 from benchmarks.stats import Spread
 from lightning_accel.core import Engine, GradScaler
 
@@ -40,7 +41,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
 
 def _compare(name: str, rounds: int) -> None:
-    gradients = [torch.randn(p.shape) for p in GPT(MODELS[name]).parameters()]
+    gradients = [torch.randn(p.shape) for p in build_model(Config(model=name)).parameters()]
     elements = sum(gradient.numel() for gradient in gradients)
     print(f"{name}: {elements / 1e6:.1f}M elements, {torch.get_num_threads()} threads, {rounds} rounds")
     theirs, ours = _torchs(name, gradients), _engines(name, gradients)
@@ -67,7 +68,7 @@ does)."""
 
 
 def _torchs(name: str, gradients: Sequence[torch.Tensor]) -> Run:
-    parameters = list(GPT(MODELS[name]).parameters())
+    parameters = list(build_model(Config(model=name)).parameters())
     optimizer = torch.optim.AdamW(parameters, fused=True)
     optimizer._step_supports_amp_scaling = False  # type: ignore[attr-defined]
     for parameter, gradient in zip(parameters, gradients, strict=True):
@@ -90,7 +91,7 @@ def _torchs(name: str, gradients: Sequence[torch.Tensor]) -> Run:
 
 
 def _engines(name: str, gradients: Sequence[torch.Tensor]) -> Run:
-    module = GPT(MODELS[name])
+    module = build_model(Config(model=name))
     engine = Engine(module, "zero2")
     optimizer = torch.optim.AdamW(module.parameters(), fused=True)
     added = engine.add_optimizer(optimizer)

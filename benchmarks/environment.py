@@ -12,7 +12,7 @@ from typing import Any
 
 import psutil
 
-_PACKAGES = ("torch", "lightning", "lightning-accel")
+_PACKAGES = ("torch", "lightning", "accelerate", "deepspeed", "lightning-accel")
 
 
 def describe(command: str = "benchmarks") -> dict[str, Any]:
@@ -25,10 +25,15 @@ def describe(command: str = "benchmarks") -> dict[str, Any]:
             "cores": os.cpu_count(),
             "memory_bytes": psutil.virtual_memory().total,
             "system": platform.platform(),
-            "load_before": os.getloadavg()[0],
+            "load_before": load(),
         },
         "versions": {"python": platform.python_version()} | {name: _version(name) for name in _PACKAGES},
     }
+
+
+def load() -> float:
+    """How many processes of the machine wanted a core, on average over the last minute."""
+    return os.getloadavg()[0]
 
 
 def _processor() -> str:

@@ -30,7 +30,7 @@ import struct
 import sys
 import time
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import suppress
 from pathlib import Path
 from types import TracebackType
@@ -174,6 +174,7 @@ def census(
     module: nn.Module,
     optimizers: Iterable[Optimizer],
     ignore: Iterable[Tensor] = (),
+    more: Mapping[str, Iterable[Tensor]] | None = None,
     unseen: int = 0,
 ) -> dict[str, int]:
     """The bytes that are alive in this process now, by kind; see [Note: bytes at rest].
@@ -181,7 +182,8 @@ def census(
     Args:
         module: Holds the parameters, and after a backward their gradients.
         optimizers: Hold the optimizer state; what their groups show counts as parameters and gradients too.
-        ignore: Tensors that are no peer's, such as the tokens.
+        ignore: Tensors that are no peer's, such as the batches.
+        more: Tensors by kind that neither the module nor the optimizers show.
         unseen: Bytes of "other" that no Python object shows.
     """
     gc.collect()  # tensors in unreachable cycles are held by nobody
@@ -200,6 +202,8 @@ def census(
     count("parameters", [*parameters, *module.buffers()])
     count("gradients", (p.grad for p in parameters if p.grad is not None))
     count("optimizer", (value for opt in optimizers for value in _tensors_in(opt.state)))
+    for kind, tensors in (more or {}).items():
+        count(kind, tensors)
     count("other", (thing for thing in gc.get_objects() if issubclass(type(thing), Tensor)))
     result["other"] += unseen
     return result

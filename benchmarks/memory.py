@@ -11,10 +11,11 @@ from rich import box
 from rich.console import Group
 from rich.table import Table
 
+from benchmarks.chart import FAMILY_COLOURS, plt
 from benchmarks.config import Config
 from benchmarks.crew import LIMIT_SECONDS, Crew, RankFailed
 from benchmarks.peers import Spec
-from benchmarks.render import FAMILY_COLOURS, MIB, plt, situation
+from benchmarks.render import MIB, setting, situation
 from benchmarks.timeline import PHASES, Timeline
 
 DEFAULT_PEERS = ("torch_fsdp2", "accel_fsdp")
@@ -162,9 +163,9 @@ def draw(path: Path, header: Mapping[str, Any], results: Sequence[PeerMemory]) -
             axes.grid(axis="y", color="white", linewidth=0.8)
             axes.set_axisbelow(True)
         panels[0][0].set_ylabel("MiB of tensors on a rank")
-        config, machine = header["config"], header["machine"]
+        machine = header["machine"]
         figure.suptitle(
-            f"{config['model']}, {config['ranks']} ranks, fp32, fused AdamW, {config['accumulate']} micro-batches"
+            f"{setting(header['config'])}"
             f"  ·  {machine['processor']}, {machine['cores']} cores  ·  {header['date'][:10]}",
             x=0.01,
             ha="left",

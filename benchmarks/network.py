@@ -24,13 +24,14 @@ from rich.console import Console
 from rich.table import Table
 
 from benchmarks import environment
+from benchmarks.chart import FAMILY_COLOURS
 from benchmarks.config import Config
 from benchmarks.crew import RankFailed
 from benchmarks.hosts import Hosts
 from benchmarks.models import MODELS
 from benchmarks.peers import PEERS, choose
 from benchmarks.progress import progress
-from benchmarks.render import FAMILY_COLOURS, MIB
+from benchmarks.render import MIB
 from benchmarks.result import PeerResult
 from benchmarks.runner import Runner
 from benchmarks.stats import ratios
@@ -67,14 +68,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
         parser.error(str(error))
     if options.ranks % options.hosts or options.ranks < options.hosts:
         parser.error(f"expected as many ranks on each host, got {options.ranks} ranks and {options.hosts} hosts")
-    obstacles = {spec.name: spec.obstacle("cpu") for spec in specs}
+    config = Config(model=options.model, ranks=options.ranks, rounds=options.rounds, steps=options.steps)
+    obstacles = {spec.name: spec.obstacle(config) for spec in specs}
     able = [spec for spec in specs if obstacles[spec.name] is None]
     if not able:
         parser.error("; ".join(f"{name}: {obstacle}" for name, obstacle in obstacles.items()))
     rates: list[Rate] = sorted(options.mbit) + [UNLIMITED] * (not options.no_unlimited)
     if not rates:
         parser.error("--no-unlimited leaves nothing to measure without --mbit")
-    config = Config(model=options.model, ranks=options.ranks, rounds=options.rounds, steps=options.steps)
     header = environment.describe("benchmarks.network") | {
         "config": config.public(),
         "network": {"hosts": options.hosts, "rates": rates, "delay_ms": options.delay_ms},

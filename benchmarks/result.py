@@ -21,16 +21,24 @@ class PeerResult:
     """Why it was cut off, in one line; what had been measured by then stays, but is shown nowhere."""
     story: str | None = None
     """All that is known of the failure: tracebacks, and where ranks were that gave no answer."""
+    units_per_step: int = 0
+    """How many tokens or samples all ranks together train on in a step."""
+    start_seconds: list[float] = field(default_factory=list)
+    """Seconds from the start of the process to the end of its first step, by rank."""
     seconds: list[float] = field(default_factory=list)
     """Seconds per step of the slowest rank, by round."""
     ratios: list[float] = field(default_factory=list)
     """`seconds` over the reference's of the same round."""
     ratio_to: str | None = None
     """The peer that the ratios are taken to; another than asked for if that one has failed."""
+    over_single: float | None = None
+    """How much longer a step takes than single's, as a fraction of that; None if single did not run."""
     others_cpu: list[float] = field(default_factory=list)
     """The share of the whole machine that other processes took meanwhile, by round, 0 to 1."""
     peak_memory: list[int] = field(default_factory=list)
     """Bytes, by rank."""
+    allocator_peak: list[int] = field(default_factory=list)
+    """The most bytes that tensors have at any moment of a step, by rank; empty if its step cannot be recorded."""
     at_rest: list[dict[str, int]] = field(default_factory=list)
     """Bytes by kind, by rank."""
     wire: list[float] = field(default_factory=list)

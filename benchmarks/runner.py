@@ -12,9 +12,10 @@ import psutil
 
 from benchmarks.config import Config
 from benchmarks.crew import LIMIT_SECONDS, Crew, RankFailed
+from benchmarks.models import units_per_step
 from benchmarks.peers import ORACLE, Spec
 from benchmarks.result import PeerResult
-from benchmarks.stats import check_losses, ratios, visiting_order
+from benchmarks.stats import TOLERANCES, check_losses, over, ratios, visiting_order
 
 
 class Runner:
@@ -94,7 +95,12 @@ class Runner:
                     self._attempt(result, self._dismiss)
             if waiting:
                 self._pieces += self.config.rounds * len(self.conditions)  # the reference runs once more
-        return list(self.results.values())
+        results = list(self.results.values())
+        single = self.results.get("single")
+        for result in results:
+            if single is not None and single.ratios and result.ratios and result.ratio_to == single.ratio_to:
+                result.over_single = over(result.ratios, single.ratios)
+        return results
 
     def _alive(self) -> list[PeerResult]:
         return [result for name, result in self.results.items() if name in self.crews]
@@ -126,7 +132,7 @@ class Runner:
         self.crews.pop(result.name).end()
 
     def _expected_losses(self) -> list[float]:
-        """The losses of the first steps of one process that sees all tokens."""
+        """The losses of the first steps of one process that sees all batches."""
         self._begin("losses of one process on the global batch")
         config = self.config
         crew = Crew(ORACLE, config, self.folder, 1, config.threads * config.ranks, self.limit)
@@ -143,15 +149,17 @@ class Runner:
         """Start a peer and take everything but its time."""
         self._begin(f"{result.name}: memory, bytes, wire")
         config = self.config
+        result.units_per_step = units_per_step(config)
         crew = self.crews[result.name] = Crew(
             self.specs[result.name], config, self.folder, config.ranks, config.threads, self.limit, self.hosts
         )
-        crew.answers()
+        result.start_seconds = crew.answers()
         # Memory first, before the profiler adds its own.
         crew.ask("train", config.warmup)
         result.wire = [sent / config.steps for sent in crew.ask("wire", config.steps)]
         result.peak_memory = crew.ask("peak")
         result.collectives = crew.ask("collectives")[0]
+        result.allocator_peak = [peak for peak in crew.ask("allocator") if peak is not None]
         answers = crew.ask("report")
         result.at_rest = [answer["at_rest"] for answer in answers]
         result.own = [answer["own"] for answer in answers]
@@ -173,12 +181,13 @@ class Runner:
         if self.reference not in alive and alive:
             self.reference = alive[0]
         reference = self.reference
-        if len(reference.losses) == 1 and check_losses(reference.losses, expected).passed:
+        tolerance = TOLERANCES[self.config.precision]
+        if len(reference.losses) == 1 and check_losses(reference.losses, expected, tolerance).passed:
             expected = expected + reference.losses[0][len(expected) :]
         for result in alive:
-            # Without the other ranks' tokens only the first loss, that of the initial weights, is the global one.
+            # Without the other ranks' batches only the first loss, that of the initial weights, is the global one.
             global_batch = self.specs[result.name].global_batch
-            result.check = check_losses(result.losses, expected if global_batch else expected[:1])
+            result.check = check_losses(result.losses, expected if global_batch else expected[:1], tolerance)
             result.ratios = ratios(result.seconds, reference.seconds[-len(result.seconds) :])
             result.ratio_to = reference.name
 

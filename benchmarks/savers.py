@@ -10,15 +10,15 @@ import lightning
 import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
-from torch import Tensor
+from torch import Tensor, nn
 from torch.distributed.checkpoint import state_dict as torch_states
 from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor
 from torch.optim import Optimizer
 
 from benchmarks.config import Config
-from benchmarks.models import GPT, Tokens, build_model, build_optimizer
+from benchmarks.models import Batch, Batches, build_model, build_optimizer
+from benchmarks.peers.shard import shard
 from lightning_accel.core import Engine
 from lightning_accel.core.checkpoint import Reader, Saver
 from lightning_accel.core.checkpoint.engine_state import load_model, model_shards, optimizer_shards
@@ -35,14 +35,14 @@ class Contestant(ABC):
 
     syncs = False
     """Whether files have reached the disk when `save` returns."""
-    module: GPT
+    module: nn.Module
     optimizer: Optimizer
 
     def __init__(self, config: Config) -> None:
         self.config = config
         self.module = build_model(config)
         self.wrap()
-        self.backward(Tokens(config).of_rank(0)[0])
+        self.backward(Batches(config).of_rank(0)[0])
         self.optimizer.step()  # from here on there are moments to save
         self.optimizer.zero_grad()
 
@@ -50,9 +50,9 @@ class Contestant(ABC):
         """Set `optimizer`, and make of `module` what is trained on all ranks."""
         self.optimizer = build_optimizer(self.module.parameters(), self.config)
 
-    def backward(self, tokens: Tensor) -> None:
+    def backward(self, batch: Batch) -> None:
         """Forward and backward of a batch."""
-        self.module(tokens).backward()
+        self.module(*batch).backward()
 
     @abstractmethod
     def save(self, path: Path) -> None:
@@ -115,9 +115,9 @@ class Sharded(Contestant):
         """The ranks that train together; all, if None."""
         return None
 
-    def backward(self, tokens: Tensor) -> None:
+    def backward(self, batch: Batch) -> None:
         """The engine's."""
-        self.engine.backward(self.module(tokens))
+        self.engine.backward(self.module(*batch))
 
     def save(self, path: Path) -> None:
         """Save a directory, and wait for it."""
@@ -212,10 +212,7 @@ class TorchDCP(Contestant):
 
     def wrap(self) -> None:
         """As torch's tutorial: each block, then the root."""
-        mesh = init_device_mesh("cpu", (self.config.ranks,))
-        for block in self.module.blocks:
-            fully_shard(block, mesh=mesh)
-        fully_shard(self.module, mesh=mesh)
+        shard(self.module, init_device_mesh("cpu", (self.config.ranks,)))
         super().wrap()
 
     def _state(self) -> dict[str, Any]:
@@ -251,9 +248,9 @@ class Full(Contestant):
         model, optimizer = self.fabric.setup(self.module, self.optimizer)
         self.state: dict[str, Any] = {"model": model, "optimizer": optimizer}
 
-    def backward(self, tokens: Tensor) -> None:
+    def backward(self, batch: Batch) -> None:
         """Fabric's."""
-        self.fabric.backward(self.state["model"](tokens))
+        self.fabric.backward(self.state["model"](*batch))
 
     def save(self, path: Path) -> None:
         """As users do."""

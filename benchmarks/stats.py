@@ -4,12 +4,17 @@ import statistics
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from benchmarks.config import Precision
+
 # fp32 leaves a relative error of 6e-8 in each loss. Summing a global batch in another order moved the losses of both
 # models by at most 2e-7, over 200 steps of the small one: training carries such errors along but does not amplify them
 # at this learning rate and eps. Gradients off by a factor of two move the second loss by 5e-5 and more, a rank that
 # trains alone by 1e-3, gradients rounded to bf16 by 3e-6 after 20 steps. Ten times the first is well below the rest.
-RELATIVE_TOLERANCE = 2e-6
-"""How far a loss may be from the oracle's, relative to it."""
+# bf16 rounds by up to 4e-3. Under autocast peers were at most 3e-4 from the oracle; DeepSpeed, which rounds parameters
+# and inputs as well, 9e-4 in a GPT and 5e-3 in the perceptron. Four times the last lets all of that pass. It finds what
+# trains on other data, does not train, or runs away; a wrong factor shows in 32-true, where the same code runs.
+TOLERANCES: dict[Precision, float] = {"32-true": 2e-6, "bf16-mixed": 2e-2}
+"""How far a loss may be from the oracle's, relative to it, by precision."""
 
 
 @dataclass(frozen=True)
@@ -52,9 +57,12 @@ def ratios(seconds: Sequence[float], reference: Sequence[float]) -> list[float]:
     return [own / other for own, other in zip(seconds, reference, strict=True)]
 
 
-def check_losses(
-    runs: Sequence[Sequence[float]], expected: Sequence[float], tolerance: float = RELATIVE_TOLERANCE
-) -> LossCheck:
+def over(own: Sequence[float], other: Sequence[float]) -> float:
+    """How much more the median of some ratios is than that of others to the same reference, as a fraction of that."""
+    return statistics.median(own) / statistics.median(other) - 1
+
+
+def check_losses(runs: Sequence[Sequence[float]], expected: Sequence[float], tolerance: float) -> LossCheck:
     """Compare trajectories that all begin at step 0 with `expected`, as far as both go."""
     differences = [
         abs(loss - right) / abs(right) for losses in runs for loss, right in zip(losses, expected, strict=False)

@@ -35,6 +35,8 @@ class Post:
     threads: int
     rendezvous: str
     """Path of the file that the ranks of one peer meet at."""
+    born: float
+    """`time.perf_counter()` when the process was started; all processes of a machine share that clock on Linux."""
     log: str
     """Path of the file that takes all that the process prints."""
     hosts: Sequence[str] = ()
@@ -116,7 +118,8 @@ def _serve(spec: "Spec", post: Post, pipe: Connection) -> None:
     measure.reset_peak()
     before = measure.resident_bytes()
     peer.setup(replace(post.config, rank=post.rank))
-    pipe.send(Answer())
+    peer.first_step()
+    pipe.send(Answer(value=time.perf_counter() - post.born))
     while True:
         command, steps = pipe.recv()
         answer: Any = None
@@ -136,6 +139,12 @@ def _serve(spec: "Spec", post: Post, pipe: Connection) -> None:
             collectives = measure.Collectives()
             peer.run(steps, collectives)
             answer = collectives.counts
+        elif command == "allocator":
+            answer = None
+            if peer.has_phases:
+                recorder = Recorder(peer)
+                recorder.run()
+                answer = recorder.timeline.peak
         elif command == "timeline":
             recorder = Recorder(peer)
             recorder.run()

@@ -1,14 +1,17 @@
 """Who is compared with whom, as data: one line per peer, one small adapter file per way of training."""
 
 import importlib
+import importlib.util
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Literal
 
+from benchmarks.config import Config
+
 if TYPE_CHECKING:  # the workers read this file before they set what torch reads on import
     from benchmarks.peers.base import Peer
 
-Family = Literal["baseline", "torch", "lightning", "accel"]
+Family = Literal["baseline", "torch", "lightning", "accelerate", "deepspeed", "accel"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -22,21 +25,24 @@ class Spec:
     about: str
     arguments: Mapping[str, Any] = field(default_factory=dict)
     requires: tuple[str, ...] = ()
-    """Modules beyond torch that have to import."""
-    devices: tuple[str, ...] = ("cpu",)
-    """Device types that the adapter can run on."""
+    """Packages beyond torch that have to be installed."""
+    impossible: str | None = None
+    """Why nothing can be installed to make it run on the CPU, if so."""
+    ranks_multiple: int = 1
+    """It takes this many ranks, or a multiple of it."""
     global_batch: bool = True
     """Whether the peer trains on the batch of all ranks, so that its losses have to be the global ones."""
 
-    def obstacle(self, device: str) -> str | None:
-        """Why this peer cannot run here, or None if it can."""
-        if device not in self.devices:
-            return f"runs on {' and '.join(self.devices)}, not on {device}"
+    def obstacle(self, config: Config) -> str | None:
+        """Why this peer cannot take part in a run on this machine, or None if it can."""
+        if self.impossible is not None:
+            return self.impossible
+        if config.ranks % self.ranks_multiple:
+            return f"needs {self.ranks_multiple} ranks or a multiple of that, not {config.ranks}"
         for module in self.requires:
-            try:
-                importlib.import_module(module)
-            except ImportError as error:
-                return f"{module} does not import: {error}"
+            # Found, not imported: that takes seconds. What is found and does not import fails where it is started.
+            if importlib.util.find_spec(module) is None:
+                return f"{module} is not installed"
         return None
 
     def load(self) -> "type[Peer]":
@@ -47,8 +53,27 @@ class Spec:
 
 
 _LIGHTNING = ("lightning",)
-_ACCEL = ("lightning_accel.core",)
-_ACCEL_LIGHTNING = ("lightning", "lightning_accel.strategies")
+_ACCEL = ("lightning_accel",)
+_CUDA_ONLY = {
+    "fsdp": "Lightning's FSDPStrategy is for GPUs only, and says so when it is given a CPU",
+    "deepspeed": "Lightning: 'The DeepSpeed strategy is only supported on CUDA GPUs'",
+}
+_MODEL_PARALLEL = "ModelParallelStrategy, that is FSDP2 on each block and the root"
+
+
+def _of_lightning(kind: str, strategy: str) -> Spec:
+    ours = strategy.startswith("accel")
+    what = _MODEL_PARALLEL if strategy == "model_parallel" else repr(strategy)
+    return Spec(
+        name=f"{kind}_{strategy}",
+        adapter=f".{kind}:{kind.capitalize()}Peer",
+        family="accel" if ours else "lightning",
+        about=f"{kind.capitalize()}(strategy={what})",
+        arguments={"strategy": strategy},
+        requires=(*_LIGHTNING, *_ACCEL) if ours else _LIGHTNING,
+        impossible=_CUDA_ONLY.get(strategy),
+    )
+
 
 _SPECS = (
     Spec(
@@ -79,6 +104,39 @@ _SPECS = (
         about="the same with reshard_after_forward=False: parameters stay gathered until their backward",
         arguments={"reshard_after_forward": False},
     ),
+    Spec(
+        name="accelerate_ddp",
+        adapter=".hf_accelerate:AccelerateDDP",
+        family="accelerate",
+        about="Hugging Face Accelerate's prepare on CPU, which is DDP",
+        requires=("accelerate",),
+    ),
+    Spec(
+        name="accelerate_fsdp2",
+        adapter=".hf_accelerate:AccelerateDDP",
+        family="accelerate",
+        about="Accelerate with FullyShardedDataParallelPlugin(fsdp_version=2)",
+        impossible="Accelerate does not look at its FSDP plugin on CPU: it would be DDP once more",
+    ),
+    Spec(
+        name="accelerate_deepspeed",
+        adapter=".hf_deepspeed:AccelerateDeepSpeed",
+        family="accelerate",
+        about="Accelerate with DeepSpeedPlugin, ZeRO stage 2, settings as deepspeed_zero2",
+        arguments={"stage": 2},
+        requires=("accelerate", "deepspeed"),
+    ),
+    *(
+        Spec(
+            name=f"deepspeed_zero{stage}",
+            adapter=".deepspeed_zero:DeepSpeedZeRO",
+            family="deepspeed",
+            about=f"deepspeed.initialize, ZeRO stage {stage}, torch's fused AdamW, no clipping, buckets of 25 MiB",
+            arguments={"stage": stage},
+            requires=("deepspeed",),
+        )
+        for stage in (1, 2, 3)
+    ),
     *(
         Spec(
             name=f"accel_{row}",
@@ -90,21 +148,48 @@ _SPECS = (
         )
         for row in ("ddp", "zero1", "zero2", "fsdp", "fsdp_partial")
     ),
+    Spec(
+        name="accel_fsdp_hybrid",
+        adapter=".accel:AccelEngine",
+        family="accel",
+        about="our engine, row fsdp_hybrid, copies of the model state divided over 2 ranks each",
+        arguments={"row": "fsdp_hybrid", "shard_size": 2},
+        requires=_ACCEL,
+        ranks_multiple=4,
+    ),
     *(
-        Spec(
-            name=f"{kind}_{strategy}",
-            adapter=f".{kind}:{kind.capitalize()}Peer",
-            family="accel" if strategy.startswith("accel") else "lightning",
-            about=f"{kind.capitalize()}(strategy={strategy!r})",
-            arguments={"strategy": strategy},
-            requires=_ACCEL_LIGHTNING if strategy.startswith("accel") else _LIGHTNING,
-        )
+        _of_lightning(kind, strategy)
         for kind in ("trainer", "fabric")
-        for strategy in ("ddp", "accel_ddp")
+        for strategy in (
+            "ddp",
+            "model_parallel",
+            "fsdp",
+            "deepspeed",
+            "accel_ddp",
+            "accel_zero2",
+            "accel_fsdp",
+        )
     ),
 )
 
 PEERS: dict[str, Spec] = {spec.name: spec for spec in _SPECS}
+
+QUICK_PEERS = (
+    "single",
+    "torch_ddp",
+    "torch_fsdp2",
+    "accelerate_ddp",
+    "deepspeed_zero2",
+    "deepspeed_zero3",
+    "accel_ddp",
+    "accel_zero2",
+    "accel_fsdp",
+    "trainer_ddp",
+    "trainer_accel_ddp",
+    "fabric_ddp",
+    "fabric_accel_ddp",
+)
+"""The peers of a quick run: one of each kind."""
 
 REFERENCE = "torch_ddp"
 """The peer that the ratios are taken to, unless another is asked for."""

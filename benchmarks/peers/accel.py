@@ -3,11 +3,13 @@
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from benchmarks.models import build_optimizer
 from benchmarks.peers.base import Peer
 from lightning_accel.core import Engine
+from lightning_accel.core.placement import Rest, find_row
 
 
 class AccelEngine(Peer):
@@ -17,7 +19,15 @@ class AccelEngine(Peer):
         """The module stays what it is; the engine hangs on it."""
         self.model = self.module
         self.optimizer = build_optimizer(self.module.parameters(), self.config)
-        self.engine = Engine(self.module, self.arguments["row"])
+        row = find_row(self.arguments["row"])
+        mixed = self.config.precision == "bf16-mixed" and row.optimizer_state is Rest.SHARDED
+        self.engine = Engine(
+            self.module,
+            row,
+            shard_size=self.arguments.get("shard_size"),
+            # As precision="bf16-mixed" does with our strategies: under autocast, matrices are gathered in bf16.
+            param_dtype=torch.bfloat16 if mixed else None,
+        )
         self.engine.add_optimizer(self.optimizer)
         self.engine.build()
 

@@ -1,32 +1,36 @@
 """What a peer is: something that trains the benchmark's model, one optimizer step at a time."""
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Mapping
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 from torch.optim import Optimizer
 
 from benchmarks.config import Config
 from benchmarks.measure import Probe, census
-from benchmarks.models import Tokens, build_model
+from benchmarks.models import Batch, Batches, build_model
 
 
 class Peer(ABC):
     """One way of training, driven from one process per rank.
 
-    A subclass sets `model` (what is called with the tokens) and `optimizer` in `wrap`; the loop is shared, so that
+    A subclass sets `model` (what is called with a batch) and `optimizer` in `wrap`; the loop is shared, so that
     all peers are timed around the same lines.
     """
 
     config: Config
-    tokens: Tokens
+    batches: Batches
     module: nn.Module
     """The bare module, whose parameters are the ones that are trained."""
-    model: Callable[[Tensor], Tensor]
+    model: Callable[..., Tensor]
     optimizer: Optimizer
+
+    has_phases = True
+    """Whether the peer drives its own loop, so that forward, backward and update can be told apart."""
 
     def __init__(self, **arguments: Any) -> None:
         self.arguments = arguments
@@ -36,7 +40,7 @@ class Peer(ABC):
     def setup(self, config: Config) -> None:
         """Build everything up to the first step."""
         self.config = config
-        self.tokens = Tokens(config)
+        self.batches = Batches(config)
         self.module = build_model(config)
         self.wrap()
 
@@ -48,28 +52,45 @@ class Peer(ABC):
         """Entered around each micro-batch; the peer's own way not to communicate before the last one, if it has any."""
         return nullcontext()
 
+    def forward_context(self) -> AbstractContextManager[Any]:
+        """Entered around each forward; autocast, for peers that have no mixed precision of their own."""
+        return nullcontext() if self.config.precision == "32-true" else torch.autocast("cpu", torch.bfloat16)
+
     def backward(self, loss: Tensor) -> None:
         """Accumulate the gradients of `loss`, a scalar."""
         loss.backward()
 
-    def micro_batches(self, step: int) -> list[Tensor]:
-        """The token tensors that this rank trains on in optimizer step `step`."""
-        return self.tokens.of_rank(step)
+    def clear(self) -> None:
+        """Begin an optimizer step without gradients."""
+        self.optimizer.zero_grad()
+
+    def update(self) -> None:
+        """End an optimizer step."""
+        self.optimizer.step()
+
+    def micro_batches(self, step: int) -> list[Batch]:
+        """What this rank trains on in optimizer step `step`."""
+        return self.batches.of_rank(step)
 
     def step(self) -> float:
         """Train one optimizer step; return this rank's mean loss in nats."""
         losses = self.history[-1]
         batches = self.micro_batches(len(losses))
-        self.optimizer.zero_grad()
+        self.clear()
         total = 0.0
         for index, batch in enumerate(batches):
             with self.micro_batch(is_last=index == len(batches) - 1):
-                loss = self.model(batch) / len(batches)
+                with self.forward_context():
+                    loss = self.model(*batch) / len(batches)
                 self.backward(loss)
             total += loss.item()
-        self.optimizer.step()
+        self.update()
         losses.append(total)
         return total
+
+    def first_step(self) -> None:
+        """Train the very first step; the last of what it takes to start."""
+        self.step()
 
     def run(self, steps: int, probe: Probe | None = None) -> None:
         """Train one lead-in step and then `steps` more with `probe` held around them.
@@ -100,13 +121,18 @@ class Peer(ABC):
         return census(
             module=self.module,
             optimizers=self.optimizers(),
-            ignore=[self.tokens.bank],
+            ignore=self.batches.bank,
+            more=self.more(),
             unseen=self.unseen(),
         )
 
     def optimizers(self) -> list[Optimizer]:
         """The torch optimizers that hold the state of this rank, under whatever wraps them."""
         return [self.optimizer]
+
+    def more(self) -> Mapping[str, Iterable[Tensor]]:
+        """Tensors by kind, where neither the module nor the optimizers show them."""
+        return {}
 
     def unseen(self) -> int:
         """Bytes this peer is known to hold where no Python object shows them."""

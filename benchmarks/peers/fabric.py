@@ -1,16 +1,24 @@
 """Lightning Fabric's loop with one of its strategies, or with one of ours."""
 
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, nullcontext
 from importlib import import_module
 from typing import Any, cast
 
 import lightning
-from torch import Tensor
+from lightning.fabric.strategies import ModelParallelStrategy
+from torch import Tensor, nn
+from torch.distributed.device_mesh import DeviceMesh
 from torch.nn.parallel import DistributedDataParallel
 from torch.optim import Optimizer
 
 from benchmarks.models import build_optimizer
 from benchmarks.peers.base import Peer, bucket_bytes
+from benchmarks.peers.shard import shard
+
+
+def _sharded(module: nn.Module, mesh: DeviceMesh) -> nn.Module:
+    shard(module, mesh["data_parallel"])
+    return module
 
 
 class FabricPeer(Peer):
@@ -26,16 +34,32 @@ class FabricPeer(Peer):
 
     def wrap(self) -> None:
         """``fabric.setup``; the environment already says which rank this is, so Fabric launches nothing."""
+        config, strategy = self.config, self.arguments["strategy"]
+        sharded = strategy == "model_parallel"
         self.fabric = lightning.Fabric(
-            accelerator="cpu", devices=self.config.ranks, strategy=self.arguments["strategy"]
+            accelerator="cpu",
+            devices=config.ranks,
+            strategy=ModelParallelStrategy(_sharded, config.ranks, 1) if sharded else strategy,
+            precision=config.precision,
         )
         self.fabric.launch()
-        self.bare_optimizer = build_optimizer(self.module.parameters(), self.config)
-        self.wrapped, wrapped_optimizer = self.fabric.setup(self.module, self.bare_optimizer)
+        if sharded:  # model first and optimizer second, as Lightning asks for with this strategy
+            self.wrapped = self.fabric.setup_module(self.module)
+            self.bare_optimizer = build_optimizer(self.module.parameters(), config)
+            wrapped_optimizer = self.fabric.setup_optimizers(self.bare_optimizer)
+        else:
+            self.bare_optimizer = build_optimizer(self.module.parameters(), config)
+            self.wrapped, wrapped_optimizer = self.fabric.setup(self.module, self.bare_optimizer)
         self.model, self.optimizer = self.wrapped, cast(Optimizer, wrapped_optimizer)
 
+    def forward_context(self) -> AbstractContextManager[Any]:
+        """Nothing: Fabric's module autocasts by itself."""
+        return nullcontext()
+
     def micro_batch(self, is_last: bool) -> AbstractContextManager[Any]:
-        """Fabric's ``no_backward_sync`` for all micro-batches but the last."""
+        """Fabric's ``no_backward_sync`` for all micro-batches but the last; FSDP2 reduces each of them."""
+        if self.arguments["strategy"] == "model_parallel":
+            return nullcontext()
         return self.fabric.no_backward_sync(self.wrapped, enabled=not is_last)
 
     def backward(self, loss: Tensor) -> None:

@@ -1,8 +1,6 @@
 """One process, no communication."""
 
-from torch import Tensor
-
-from benchmarks.models import build_optimizer
+from benchmarks.models import Batch, build_optimizer
 from benchmarks.peers.base import Peer
 
 
@@ -16,8 +14,8 @@ class Single(Peer):
 
 
 class Oracle(Single):
-    """One process that sees the tokens of all ranks: what every data-parallel peer has to be equal to."""
+    """One process that sees the batches of all ranks: what every data-parallel peer has to be equal to."""
 
-    def micro_batches(self, step: int) -> list[Tensor]:
+    def micro_batches(self, step: int) -> list[Batch]:
         """The micro-batches of all ranks, joined."""
-        return self.tokens.of_all_ranks(step)
+        return self.batches.of_all_ranks(step)

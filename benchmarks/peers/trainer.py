@@ -1,20 +1,24 @@
 """Lightning's whole Trainer with one of its strategies, or with one of ours."""
 
 import gc
+from collections.abc import Iterable, Mapping
 from importlib import import_module
 from typing import Any, cast
 
 import lightning
 from lightning.pytorch.callbacks import Callback
+from lightning.pytorch.strategies import ModelParallelStrategy
 from torch import Tensor
+from torch.distributed.fsdp import FSDPModule
 from torch.nn.parallel import DistributedDataParallel
 from torch.optim import Optimizer
 from torch.utils.data import DataLoader
 
 from benchmarks.config import Config
 from benchmarks.measure import Probe
-from benchmarks.models import Tokens, build_model, build_optimizer
+from benchmarks.models import Batch, Batches, build_model, build_optimizer
 from benchmarks.peers.base import Peer, bucket_bytes
+from benchmarks.peers.shard import shard
 
 
 class TrainerPeer(Peer):
@@ -24,22 +28,28 @@ class TrainerPeer(Peer):
     initial weights, with the probe held from the start of its first step after the warm-up to the end of its last one.
     """
 
+    has_phases = False
+    bare_optimizer: Optimizer
+
     def __init__(self, strategy: str) -> None:
         super().__init__(strategy=strategy)
         if strategy.startswith("accel"):
             import_module("lightning_accel")  # registers the name; here, so that it is no part of the peer's memory
 
     def setup(self, config: Config) -> None:
-        """Only the tokens: each fit builds and wraps a model of its own."""
+        """Only the batches: each fit builds and wraps a model of its own."""
         self.config = config
-        self.tokens = Tokens(config)
+        self.batches = Batches(config)
         self.history = []
         self.found: dict[str, int] = {}
 
     def wrap(self) -> None:
-        """The model of the next fit; the Trainer wraps it."""
+        """The model of the next fit; the Trainer wraps it, and asks for the optimizer."""
         self.module = build_model(self.config)
-        self.bare_optimizer = build_optimizer(self.module.parameters(), self.config)
+
+    def first_step(self) -> None:
+        """Fit one step."""
+        self._fit(1 - self.config.warmup, None, count=False)
 
     def run(self, steps: int, probe: Probe | None = None) -> None:
         """Fit the warm-up steps, then `steps` more with `probe` held around them."""
@@ -57,6 +67,17 @@ class TrainerPeer(Peer):
         """The optimizer of the fit that runs."""
         return [self.bare_optimizer]
 
+    def more(self) -> Mapping[str, Iterable[Tensor]]:
+        """What our engine holds, if the strategy is one of ours."""
+        if not self.arguments["strategy"].startswith("accel"):
+            return {}
+        engine = import_module("lightning_accel").engine_of(self.trainer.lightning_module)
+        # Its optimizers show this rank's parts within their step only, and Lightning runs backward inside of that.
+        return {
+            "parameters": [unit.memory.mine for unit in engine.units],
+            "gradients": [tensor for added in engine.optimizers for tensor in added.gradients.tensors()],
+        }
+
     def unseen(self) -> int:
         """DDP's reduction buckets, where the strategy has wrapped the module in DDP."""
         model = self.trainer.strategy.model
@@ -65,13 +86,15 @@ class TrainerPeer(Peer):
     def _fit(self, steps: int, probe: Probe | None, count: bool) -> None:
         config = self.config
         self.wrap()
-        task = _Task(self.module, self.bare_optimizer)
+        sharded = self.arguments["strategy"] == "model_parallel"
+        task = (_ShardedTask if sharded else _Task)(self)
         last = config.warmup + steps - 1
         callback = _Around(self, probe, config.warmup * config.accumulate, (last + 1) * config.accumulate - 1, count)
         self.trainer = lightning.Trainer(
             accelerator="cpu",
             devices=config.ranks,
-            strategy=self.arguments["strategy"],
+            strategy=ModelParallelStrategy(config.ranks, 1) if sharded else self.arguments["strategy"],
+            precision=config.precision,
             max_steps=last + 1,
             accumulate_grad_batches=config.accumulate,
             callbacks=[callback],
@@ -81,7 +104,7 @@ class TrainerPeer(Peer):
             enable_model_summary=False,
             use_distributed_sampler=False,  # the batches are this rank's already
         )
-        batches = [batch for step in range(last + 1) for batch in self.tokens.of_rank(step)]
+        batches = [batch for step in range(last + 1) for batch in self.batches.of_rank(step)]
         # A bare list would be taken for a list of loaders.
         self.trainer.fit(task, train_dataloaders=DataLoader(cast(Any, batches), batch_size=None))
         of_step = [task.losses[i : i + config.accumulate] for i in range(0, len(task.losses), config.accumulate)]
@@ -94,21 +117,31 @@ class TrainerPeer(Peer):
 class _Task(lightning.LightningModule):
     """The benchmark's model as a LightningModule."""
 
-    def __init__(self, gpt: Any, optimizer: Optimizer) -> None:
+    def __init__(self, peer: TrainerPeer) -> None:
         super().__init__()
-        self.gpt = gpt
-        self.bare_optimizer = optimizer
+        self.net = peer.module
+        self.peer = peer
         self.losses: list[float] = []
 
-    def training_step(self, batch: Tensor, batch_idx: int) -> Tensor:
+    def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
         """The loss of one micro-batch."""
-        loss: Tensor = self.gpt(batch)
+        loss: Tensor = self.net(*batch)
         self.losses.append(loss.item())
         return loss
 
     def configure_optimizers(self) -> Optimizer:
         """The optimizer that every peer runs."""
-        return self.bare_optimizer
+        self.peer.bare_optimizer = build_optimizer(self.net.parameters(), self.peer.config)
+        return self.peer.bare_optimizer
+
+
+class _ShardedTask(_Task):
+    """The same as Lightning's ModelParallelStrategy asks for it: the module applies FSDP2 to itself."""
+
+    def configure_model(self) -> None:
+        """Shard each block and the root, once."""
+        if not isinstance(self.net, FSDPModule):
+            shard(self.net, self.device_mesh["data_parallel"])
 
 
 class _Around(Callback):

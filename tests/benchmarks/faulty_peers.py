@@ -23,10 +23,10 @@ class Wrong(TorchDDP):
 
 
 class Crashing(TorchDDP):
-    """Rank 1 raises once it has trained 14 steps: in a round, after all that is found out before the rounds."""
+    """Rank 1 raises once it has trained 16 steps, which is in the second round."""
 
     def backward(self, loss: Tensor) -> None:
-        if self.config.rank == 1 and len(self.history[-1]) == 14:
+        if self.config.rank == 1 and len(self.history[-1]) == 16:
             raise ArithmeticError("another step\nis too much")
         super().backward(loss)
 

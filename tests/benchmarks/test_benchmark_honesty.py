@@ -90,7 +90,7 @@ def test_a_failed_peer_has_a_line_of_its_own(tmp_path: Path, results: dict[str, 
     row = render.cells(results["crashing"])
     assert row == ["crashing", *["-"] * (len(render.COLUMNS) - 2), "failed"]
     path = tmp_path / "results.jsonl"
-    render.write_jsonl(path, {}, list(results.values()))
+    render.write_jsonl(path, [({}, list(results.values()))])
     lines = path.read_text().splitlines()
     assert '"status": "failed"' in lines[1]
     assert "Traceback" in lines[1]

@@ -1,0 +1,108 @@
+"""DeepSpeed's ZeRO through its own API, on CPU.
+
+What is set away from its defaults, which are made for billions of parameters on GPUs:
+
+- `gradient_clipping` is 0.0; 1.0 is the default.
+- Buckets hold as much as DDP's, 25 MiB, instead of 5e8 elements; in stage 3 nothing stays gathered for its next use
+  (`stage3_max_reuse_distance` 0, 1e9 elements by default), so that parameters do rest sharded in a model of this size,
+  and parameters of up to 1e4 elements stay whole, instead of 1e5.
+- torch's fused AdamW is the optimizer, for which `zero_force_ds_cpu_optimizer` is off.
+
+DeepSpeed keeps an fp32 copy of this rank's part of the parameters even where the model is in fp32.
+"""
+
+import os
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from typing import Any
+
+os.environ.setdefault("DS_ACCELERATOR", "cpu")
+os.environ.setdefault("LOCAL_SIZE", os.environ.get("LOCAL_WORLD_SIZE", "1"))  # it would count NUMA nodes
+
+import deepspeed  # noqa: E402 - it reads the environment
+from torch import Tensor  # noqa: E402
+from torch.optim import Optimizer  # noqa: E402
+
+from benchmarks.config import Config  # noqa: E402
+from benchmarks.models import MODELS, build_optimizer  # noqa: E402
+from benchmarks.peers.base import Peer  # noqa: E402
+
+BUCKET_ELEMENTS = 25 * 2**20 // 4
+
+
+def settings(config: Config, stage: int) -> dict[str, Any]:
+    """DeepSpeed's configuration."""
+    return {
+        "train_micro_batch_size_per_gpu": MODELS[config.model].micro_batch,
+        "gradient_accumulation_steps": config.accumulate,
+        "gradient_clipping": 0.0,
+        "steps_per_print": 2**31,
+        "zero_allow_untested_optimizer": True,
+        "zero_force_ds_cpu_optimizer": False,
+        "bf16": {"enabled": config.precision == "bf16-mixed"},
+        "zero_optimization": {
+            "stage": stage,
+            "reduce_bucket_size": BUCKET_ELEMENTS,
+            "allgather_bucket_size": BUCKET_ELEMENTS,
+            "stage3_prefetch_bucket_size": BUCKET_ELEMENTS,
+            "stage3_param_persistence_threshold": 10_000,
+            "stage3_max_live_parameters": 2 * BUCKET_ELEMENTS,
+            "stage3_max_reuse_distance": 0,
+        },
+    }
+
+
+class DeepSpeedZeRO(Peer):
+    """``deepspeed.initialize`` with one of its stages."""
+
+    def wrap(self) -> None:
+        """``initialize``; the ranks have met already, and DeepSpeed joins them."""
+        bare = build_optimizer(self.module.parameters(), self.config)
+        self.engine, *_ = deepspeed.initialize(
+            model=self.module, optimizer=bare, config=settings(self.config, self.arguments["stage"])
+        )
+        self.model, self.optimizer = self._forward, self.engine.optimizer
+
+    def forward_context(self) -> AbstractContextManager[Any]:
+        """Nothing: the model itself is in bf16, if asked for."""
+        return nullcontext()
+
+    @contextmanager
+    def micro_batch(self, is_last: bool) -> Iterator[None]:
+        """DeepSpeed counts micro-batches by calls of its ``step``."""
+        yield
+        if not is_last:
+            self.engine.step()
+
+    def backward(self, loss: Tensor) -> None:
+        """DeepSpeed's backward; the loss is divided by the number of micro-batches already."""
+        self.engine.backward(loss, scale_wrt_gas=False)
+
+    def clear(self) -> None:
+        """Nothing: its ``step`` clears gradients."""
+
+    def update(self) -> None:
+        """Its ``step``, which updates at the last micro-batch."""
+        self.engine.step()
+
+    def optimizers(self) -> list[Optimizer]:
+        """Torch's optimizer, on DeepSpeed's fp32 copies."""
+        return [self.engine.optimizer.optimizer]
+
+    def more(self) -> dict[str, list[Tensor]]:
+        """Stage 3 keeps parts of parameters as attributes of what is empty, and gradients in a buffer."""
+        parts = [p.ds_tensor for p in self.module.parameters() if hasattr(p, "ds_tensor")]
+        buffer = getattr(self.engine.optimizer, "grad_partitions_flat_buffer", None)
+        return {"parameters": parts, "gradients": [] if buffer is None else [buffer]}
+
+    def teardown(self) -> None:
+        """Take its hooks off."""
+        self.engine.destroy()
+        del self.engine
+        super().teardown()
+
+    def _forward(self, *batch: Tensor) -> Tensor:
+        if self.config.precision != "32-true":
+            batch = tuple(tensor.bfloat16() if tensor.is_floating_point() else tensor for tensor in batch)
+        loss: Tensor = self.engine(*batch)
+        return loss
