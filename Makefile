@@ -4,7 +4,7 @@ PYTHON ?= python3
 VENV ?= .venv
 # What `make demo` and `make bench` run: arguments for python, from the top of the repository.
 DEMO ?= examples/train_lm.py --strategy accel_zero2 --devices 2
-BENCH ?= -m benchmarks
+BENCH ?= -m benchmarks --quick
 
 BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
@@ -44,7 +44,7 @@ $(MYPY_LINK):
 	@mkdir -p $(@D)
 	@ln -s ../../strategies $@
 
-bench: $(INSTALLED) ## run the benchmarks
+bench: $(INSTALLED) ## run the quick benchmarks
 	$(BIN)/python $(BENCH)
 
 clean: ## remove what builds and tools leave behind, but not the environment
