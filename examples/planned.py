@@ -1,6 +1,6 @@
 """A model for ``accel plan``: the GPT of the other examples, larger, and a batch of it.
 
-    accel plan examples/planned.py:gpt_1b --ranks 8 --memory 24GB
+accel plan examples/planned.py:gpt_1b --ranks 8 --memory 24GB
 """
 
 import torch

@@ -136,6 +136,6 @@ def _collated(loader: DataLoader[Any]) -> Any:
             f"Expected training data that can be indexed and is batched by its DataLoader, got a"
             f" {type(loader.dataset).__name__}."
         )
-    size = int(loader.batch_size or getattr(loader.batch_sampler, "batch_size", 1))
+    size: Any = loader.batch_size or getattr(loader.batch_sampler, "batch_size", 1)
     samples = range(min(size, len(loader.dataset)))  # type: ignore[arg-type]
     return loader.collate_fn([loader.dataset[index] for index in samples])

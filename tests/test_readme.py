@@ -51,7 +51,7 @@ def run(tmp_path: Path, *parts: str, before: str = BEFORE, launcher: tuple[str, 
 
 
 def test_every_block_is_run_here():
-    assert len(BLOCKS) == 11
+    assert len(BLOCKS) == 12
 
 
 def test_the_trainer(tmp_path):
@@ -103,6 +103,16 @@ def test_the_engine_under_torchrun(tmp_path):
     torchrun = ("-m", "torch.distributed.run", "--nproc-per-node", "2")
     parts = (start, MODEL, block("Engine(model"), after)
     assert "steps: 3" in run(tmp_path, *parts, before=WITHOUT + BATCHES, launcher=torchrun)
+
+
+def test_a_plan(tmp_path):
+    """On what forward returns the loss of."""
+    model = "class Model(torch.nn.Linear):\n    def forward(self, x):\n        return super().forward(x).mean()\n"
+    found = {}
+    text = block("lightning_accel.plan(").replace('"plan.png"', repr(str(tmp_path / "plan.png")))
+    exec("import torch\n" + model + "model = Model(32, 2)\n" + text, found)
+    assert found["plan"].ranks == 1024
+    assert (tmp_path / "plan.png").exists()
 
 
 def test_settings():
