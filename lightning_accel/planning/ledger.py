@@ -85,7 +85,6 @@ class Ledger(TorchDispatchMode):
         self.phase: Phase = "rest"
         self._blocks: dict[int, _Block] = {}
         self._events: list[tuple[_Block, int, Phase]] | None = None
-        self._before: list[tuple[_Block, int]] = []
         self._exits = ExitStack()
 
     @override
@@ -135,13 +134,13 @@ class Ledger(TorchDispatchMode):
     @contextmanager
     def recording(self) -> Iterator[list[Course]]:
         """Within it, every moment is noted. The list that it gives has the course as its only item afterwards."""
-        self._before = [(block, block.size) for block in self._blocks.values()]
+        before, phase = [(block, block.size) for block in self._blocks.values()], self.phase
         self._events = []
         found: list[Course] = []
         try:
             yield found
         finally:
-            found.append(self._course(self._events))
+            found.append(_course(before, phase, self._events))
             self._events = None
 
     @property
@@ -151,17 +150,6 @@ class Ledger(TorchDispatchMode):
         for block in self._blocks.values():
             live[block.kind or "temporary"] += block.size
         return dict(live)
-
-    def _course(self, events: Sequence[tuple[_Block, int, Phase]]) -> Course:
-        live: dict[Kind, int] = dict.fromkeys(KINDS, 0)
-        for block, size in self._before:
-            live[block.kind or "temporary"] += size
-        moments, phases = [dict(live)], [self.phase]
-        for block, change, phase in events:
-            live[block.kind or "temporary"] += change
-            moments.append(dict(live))
-            phases.append(phase)
-        return Course(moments, phases)
 
     def _look_at(self, value: Any) -> None:
         if isinstance(value, Tensor):
@@ -195,3 +183,15 @@ class Ledger(TorchDispatchMode):
         if self._events is not None:
             self._events.append((block, size - block.size, self.phase))
         block.size = size
+
+
+def _course(before: Sequence[tuple[_Block, int]], began: Phase, events: Sequence[tuple[_Block, int, Phase]]) -> Course:
+    live: dict[Kind, int] = dict.fromkeys(KINDS, 0)
+    for block, size in before:
+        live[block.kind or "temporary"] += size
+    moments, phases = [dict(live)], [began]
+    for block, change, phase in events:
+        live[block.kind or "temporary"] += change
+        moments.append(dict(live))
+        phases.append(phase)
+    return Course(moments, phases)

@@ -114,17 +114,20 @@ def simulate(subject: Subject, setting: Setting) -> Outcome:
         def step() -> None:
             # In the Trainer's order: gradients of the last step are there until this forward has ended.
             ledger.enter("forward")
-            with _explained(), setting.precision.computing(DEVICE), engine.forward_context():
-                loss = subject.loss(module, batch)
+            with _explained("a model whose forward"), setting.precision.computing(DEVICE), engine.forward_context():
+                outputs = subject.outputs(module, batch)
+            loss = subject.loss(outputs)
+            del outputs
             for optimizer in optimizers:
                 optimizer.zero_grad()
             ledger.enter("backward")
-            with _explained():
+            with _explained("a model whose backward"):
                 engine.backward(loss)
             del loss
             ledger.enter("step")
             for optimizer in optimizers:
-                optimizer.step()
+                with _explained("an optimizer whose step"):
+                    optimizer.step()
                 state = [value for values in optimizer.state.values() for value in values.values()]
                 ledger.label([value for value in state if isinstance(value, Tensor)], "optimizer_state")
             engine.wait()
@@ -143,8 +146,16 @@ def simulate(subject: Subject, setting: Setting) -> Outcome:
 
 
 @contextmanager
-def _explained() -> Iterator[None]:
-    """Say where a model needs values that are not there, and what to do."""
+def _explained(what: str) -> Iterator[None]:
+    """Say where values are needed that are not there, and what else went wrong in the user's code.
+
+    Args:
+        what: Whose code it is, for messages.
+
+    Raises:
+        ValueError: Instead of any other error.
+
+    """
     try:
         yield
     except _DATA_DEPENDENT as error:
@@ -153,11 +164,23 @@ def _explained() -> Iterator[None]:
         users = [f for f in frames if not any(Path(f.filename).is_relative_to(folder) for folder in ours)]
         where = f"{users[-1].filename}:{users[-1].lineno}: {users[-1].line}" if users else "torch"
         raise ValueError(
-            f"Expected a model whose forward needs no values of tensors, but {_operation(error)} does ({where}). While"
-            " it is planned tensors have shapes only. Leave out what looks at values (.item(), `if tensor:`, masks as"
-            " indices, metrics), or plan for the part of the model that does not."
+            f"Expected {what} needs no values of tensors, but {_operation(error)} does ({where}). While it is planned"
+            " tensors have shapes only. Leave out what looks at values (.item(), `if tensor:`, masks as indices,"
+            " metrics), or plan for the part of the model that does not."
+        ) from error
+    except ValueError:
+        raise
+    except Exception as error:
+        raise ValueError(
+            f"Expected {what} runs without values of tensors, but it raised {type(error).__name__}:"
+            f" {_first_line(error)}."
+            " Is the batch what one training step gets?"
         ) from error
 
 
 def _operation(error: Exception) -> str:
-    return str(getattr(error, "func", None) or str(error).splitlines()[0])
+    return str(getattr(error, "func", None) or _first_line(error))
+
+
+def _first_line(error: Exception) -> str:
+    return str(error).partition("\n")[0].rstrip(".")

@@ -112,24 +112,24 @@ class Subject:
         batch = dict(self.batch) if isinstance(self.batch, Mapping) else self.batch
         return tree_map_only(Tensor, lambda tensor: _fake(mode, tensor, precision), batch)
 
-    def loss(self, module: nn.Module, batch: Any) -> Tensor:
-        """The loss of a copy of the module.
+    def outputs(self, module: nn.Module, batch: Any) -> Any:
+        """What a copy of the module makes of a batch."""
+        if self.is_lightning:
+            return module.training_step(batch, 0)  # type: ignore[operator]
+        if isinstance(batch, Mapping):
+            return module(**batch)
+        return module(*batch) if isinstance(batch, list | tuple) else module(batch)
+
+    def loss(self, output: Any) -> Tensor:
+        """The loss in what a module has made of a batch.
 
         Raises:
             ValueError: If there is none.
 
         """
-        if self.is_lightning:
-            output = module.training_step(batch, 0)  # type: ignore[operator]
-        elif isinstance(batch, Mapping):
-            output = module(**batch)
-        elif isinstance(batch, list | tuple):
-            output = module(*batch)
-        else:
-            output = module(batch)
         loss = output.get("loss") if isinstance(output, Mapping) else getattr(output, "loss", output)
         if not (isinstance(loss, Tensor) and loss.numel() == 1 and loss.requires_grad):
-            what = "training_step" if self.is_lightning else f"{type(module).__name__}"
+            what = "training_step" if self.is_lightning else type(self.module).__name__
             raise ValueError(
                 f"Expected {what} to return a loss (a scalar with a graph), or an output that has one as .loss, got"
                 f" {_described(output)}. Give a batch with labels, or a module whose forward returns the loss."

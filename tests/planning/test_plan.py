@@ -216,6 +216,19 @@ def test_a_model_that_looks_at_values_is_told_where() -> None:
         small(model=LooksAtValues(), batch=torch.zeros(3, 8))
 
 
+class Impatient(torch.optim.SGD):
+    def step(self, closure: Any = None) -> None:
+        if self.param_groups[0]["params"][0].grad.sum() > 0:
+            super().step()
+
+
+def test_what_else_goes_wrong_in_the_users_code_is_told() -> None:
+    with pytest.raises(ValueError, match="an optimizer whose step needs no values.*grad.sum"):
+        small(optimizer=Impatient, rows=["ddp"])
+    with pytest.raises(ValueError, match="forward runs without values of tensors, but it raised RuntimeError: .*Is"):
+        small(batch=torch.empty(2, 16))  # an embedding of numbers that are no integers
+
+
 def vision() -> nn.Module:
     rates = [rate.item() for rate in torch.linspace(0, 1, 3)]
     return nn.Sequential(*(nn.Linear(2, 2) for _ in rates))
