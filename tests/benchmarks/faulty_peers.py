@@ -11,7 +11,7 @@ class Slow(TorchDDP):
     """Sleeps in every step."""
 
     def backward(self, loss: Tensor) -> None:
-        time.sleep(0.05)
+        time.sleep(0.2)
         super().backward(loss)
 
 
@@ -32,9 +32,9 @@ class Crashing(TorchDDP):
 
 
 class Hanging(TorchDDP):
-    """Rank 1 stops in its second step, and rank 0 waits for it."""
+    """Rank 1 stops in the second round, too, and rank 0 waits for it."""
 
     def backward(self, loss: Tensor) -> None:
-        if self.config.rank == 1 and self.history[-1]:
+        if self.config.rank == 1 and len(self.history[-1]) == 16:
             time.sleep(3600)
         super().backward(loss)
