@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from benchmarks import render
 from benchmarks.result import PeerResult
 from benchmarks.stats import Spread
 
@@ -84,7 +85,7 @@ def compare(
                     continue
                 changes.append(
                     Change(
-                        setting=", ".join(map(str, setting[:-1])),
+                        setting=render.setting(header["config"]),
                         name=result.name,
                         before=Spread.of(before).median,
                         now=Spread.of(result.ratios).median,
