@@ -531,7 +531,6 @@ class Engine:
         finally:
             self._synchronise, self._residency.holds = before
 
-    @torch.no_grad()
     def gradient_arrived(self, parameter: nn.Parameter) -> None:
         """Called by autograd when ``parameter.grad`` is there.
 
@@ -539,6 +538,10 @@ class Engine:
             RuntimeError: If it is not one that can be reduced.
 
         """
+        if torch.is_grad_enabled():  # within ``backward(create_graph=True)``; to enter this each time takes longest
+            with torch.no_grad():
+                self.gradient_arrived(parameter)
+            return
         gradient, parameter.grad = parameter.grad, None
         assert gradient is not None
         unit, position = self._roster.places[parameter]

@@ -324,7 +324,8 @@ class Unit:
             late = self._late.get(position)
             self._late[position] = gradient if late is None else late.add_(gradient)
             return False
-        self._open_buffers()
+        if self.grad is None:
+            self._open_buffers()
         if self.content[position] is Content.REDUCED:
             self._leave_rest()
         view = self._grad_views[position]

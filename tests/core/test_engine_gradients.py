@@ -117,6 +117,30 @@ def test_gradients_within_the_loss(ranks2, row):
     assert max(ranks2.run(gradient_penalty, row)) < EXACT
 
 
+def with_a_graph_of_its_own(row):
+    """Backward itself can be differentiated; what the engine adds up cannot."""
+    engine, optimizer = prepared(row, Net, sgd)
+    alone = build(Net)
+    reference = sgd(alone.parameters())
+    xs, ys = data(3, dist.get_world_size())
+    for x, y in zip(xs, ys, strict=True):
+        reference.zero_grad()
+        optimizer.zero_grad()
+        mse(alone, x, y).backward()
+        with engine.forward_context():
+            loss = mse(engine.module, my_share(x), my_share(y))
+        engine.backward(loss, create_graph=True)
+        assert not any(unit.rest.requires_grad for unit in engine.units)
+        reference.step()
+        optimizer.step()
+    return relative_error(values(engine), alone.parameters())
+
+
+@pytest.mark.parametrize("row", everyday(ROW_NAMES))
+def test_backward_with_a_graph(ranks2, row):
+    assert max(ranks2.run(with_a_graph_of_its_own, row)) < EXACT
+
+
 def penalty(where):
     """A term of the loss that is made from the parameters themselves."""
     engine, optimizer = prepared("fsdp", Net, sgd)

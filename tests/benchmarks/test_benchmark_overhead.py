@@ -1,0 +1,22 @@
+"""What hooks cost: the table, and that every contestant trains."""
+
+from __future__ import annotations
+
+import pytest
+
+from benchmarks import overhead
+
+
+def test_the_overhead_is_to_the_bare_step_of_the_same_round() -> None:
+    found = {"bare": [(0.010, 0.002), (0.020, 0.004), (0.012, 0.003)], "it": [(0.013, 0.001)] * 2 + [(0.016, 0.002)]}
+    lines = overhead.report(found).splitlines()
+    assert lines[0].startswith("400 parameters, one process; ms, medians of 3 rounds")
+    assert lines[-2].split() == ["bare", "12.00", "0.00", "[0.00,", "0.00]", "3.00"]
+    assert lines[-1].split() == ["it", "13.00", "3.00", "[-2.00,", "3.50]", "1.00"]
+
+
+@pytest.mark.matrix
+def test_all_contestants_train(capsys: pytest.CaptureFixture[str]) -> None:
+    overhead.main(["--rounds", "1"])
+    names = [line.split()[0] for line in capsys.readouterr().out.splitlines()[3:]]
+    assert names == ["bare", "torch_ddp", "torch_fsdp2", *(f"accel_{row}" for row in overhead.ROWS)]
