@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import json
+import sys
 from pathlib import Path
 from typing import Annotated
 
 import typer
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
 from lightning_accel.cli.console import console, readable_errors
 
@@ -77,7 +79,10 @@ def plan(
     from lightning_accel.planning.plan import ROWS
     from lightning_accel.planning.target import find_optimizer, find_target
 
-    with readable_errors():
+    columns = TextColumn("{task.description}", markup=False), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn()
+    bar = Progress(*columns, console=console(stderr=True), transient=True, disable=not sys.stderr.isatty())
+    task = bar.add_task(target, total=None)
+    with readable_errors(), bar:
         model, given = find_target(target, batch)
         planned = make(
             model,
@@ -89,6 +94,7 @@ def plan(
             memory=memory,
             rows=row or ROWS,
             checkpointing=checkpointing,
+            progress=lambda name, done, total: bar.update(task, description=name, completed=done, total=total),
         )
         if png is not None:
             planned.draw(png)

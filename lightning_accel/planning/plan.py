@@ -221,6 +221,7 @@ def plan(
     checkpointing: bool | None = None,
     units: Units | None = None,
     bucket_cap_mb: float = 25.0,
+    progress: Callable[[str, int, int], None] | None = None,
 ) -> Plan:
     """What one training step would allocate and send on each rank, under every row. Nothing is allocated for it.
 
@@ -245,6 +246,7 @@ def plan(
         checkpointing: Whether the activations of blocks are computed again in backward; None: each row both ways.
         units: As for the strategies.
         bucket_cap_mb: As for the strategies.
+        progress: Told, before each row is simulated, its name, how many are done and how many there are.
 
     Raises:
         ValueError: If an argument contradicts another, or the model cannot be trained without values: its forward looks
@@ -278,19 +280,24 @@ def plan(
             " checkpointing=True, found none. Name them by units=..., or leave checkpointing out."
         )
     ways = [False, True] if checkpointing is None and blocks else [bool(checkpointing)]
+    settings = [
+        Setting(
+            row=row,
+            ranks=ranks,
+            shard_size=size,
+            precision=precise,
+            checkpointing=way,
+            units=units,
+            bucket_cap_mb=bucket_cap_mb,
+        )
+        for row in found
+        for way in ways
+    ]
     planned = []
-    for row in found:
-        for way in ways:
-            setting = Setting(
-                row=row,
-                ranks=ranks,
-                shard_size=size,
-                precision=precise,
-                checkpointing=way,
-                units=units,
-                bucket_cap_mb=bucket_cap_mb,
-            )
-            planned.append(RowPlan.of(setting, simulate(subject, setting)))
+    for done, setting in enumerate(settings):
+        if progress is not None:
+            progress(f"accel_{setting.row.name}" + " + checkpointing" * setting.checkpointing, done, len(settings))
+        planned.append(RowPlan.of(setting, simulate(subject, setting)))
     return Plan(
         model=type(subject.module).__name__,
         parameters=sum(p.numel() for p in subject.module.parameters() if p.requires_grad),

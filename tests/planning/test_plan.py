@@ -109,6 +109,13 @@ def test_hybrid_is_left_out_where_it_is_full_sharding() -> None:
     assert "fsdp_hybrid" in [r.row for r in plan(gpt, ranks=4, shard_size=2, **settings).rows]
 
 
+def test_progress_is_told_before_each_row() -> None:
+    told: list[tuple[str, int, int]] = []
+    settings: dict[str, Any] = {"batch": TOKENS, "optimizer": torch.optim.AdamW, "rows": ["ddp", "fsdp"], "ranks": 4}
+    plan(gpt, checkpointing=True, progress=lambda *moment: told.append(moment), **settings)
+    assert told == [("accel_ddp + checkpointing", 0, 2), ("accel_fsdp + checkpointing", 1, 2)]
+
+
 def test_a_picture(tmp_path: Path) -> None:
     small(memory="1MB").draw(tmp_path / "plan.png")
     assert (tmp_path / "plan.png").read_bytes().startswith(b"\x89PNG")
