@@ -33,7 +33,7 @@ test: $(INSTALLED) ## run the tests, without the slow matrices
 	$(BIN)/python -m pytest
 
 matrix: $(INSTALLED) ## run the slow matrices of settings
-	$(BIN)/python -m pytest -m matrix
+	$(BIN)/python -m pytest -m matrix --durations=25
 
 lint: $(INSTALLED) $(MYPY_LINK) ## ruff check, ruff format --check and mypy
 	$(BIN)/ruff check
