@@ -49,7 +49,7 @@ KINDS = ("parameters", "gradients", "optimizer", "other")
 _BYTES_SENT_OFFSET = 200
 # All is taken to be quiet when nothing was sent or read for this long. Loopback delivers within microseconds, but a
 # thread that reads may have to wait for a core.
-_QUIET_SECONDS = 0.2
+QUIET_SECONDS = 0.2
 
 
 class Probe(Protocol):
@@ -107,7 +107,7 @@ class Wire:
         dist.barrier()
         before, now = -1, sent_bytes() + self._read
         while before != now:
-            time.sleep(_QUIET_SECONDS)
+            time.sleep(QUIET_SECONDS)
             before, now = now, sent_bytes() + self._read
         return now
 
@@ -121,6 +121,9 @@ class Collectives:
         return self
 
     def __exit__(self, *_: object) -> None:
+        time.sleep(
+            QUIET_SECONDS
+        )  # a thread within a collective as torch's profiler stops ends the process (torch 2.13)
         self._profile.__exit__(None, None, None)
         names = (event.name.partition("::") for event in self._profile.events() or ())
         self.counts = dict(Counter(name for family, _, name in names if family in ("c10d", "accel")))

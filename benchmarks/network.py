@@ -83,7 +83,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         with Hosts(options.hosts) as hosts:
             shapes = [partial(hosts.shape, _number(rate), options.delay_ms) for rate in rates]
-            shapes[0]()
+            shapes[0]()  # says at once what this kernel cannot
+            hosts.shape(None)  # what is looked at before the rounds takes no longer than it has to
             with (
                 progress() as report,
                 Runner(config, able, able[0].name, report, hosts=hosts.names, conditions=shapes) as runner,

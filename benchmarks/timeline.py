@@ -22,6 +22,9 @@ from typing import TYPE_CHECKING, Any
 from unittest import mock
 
 import torch
+import torch.distributed as dist
+
+from benchmarks.measure import QUIET_SECONDS
 
 if TYPE_CHECKING:
     from benchmarks.peers.base import Peer
@@ -124,6 +127,10 @@ class Recorder:
                 peer.step()
             del peer.backward  # the class's own again
             rested = sum(peer.count().values())
+            # A thread that is within a collective as torch's profiler stops ends the process (torch 2.13).
+            peer.settle()
+            dist.barrier()
+            time.sleep(QUIET_SECONDS)
         backwards, step = [], (0, 0)
         results: Any = profile.profiler.kineto_results  # type: ignore[union-attr]
         for event in results.events():

@@ -39,6 +39,10 @@ class AccelEngine(Peer):
         """The engine's backward, which starts the communication."""
         self.engine.backward(loss)
 
+    def settle(self) -> None:
+        """The gathers after the update, which the next forward waits for."""
+        self.engine.wait()
+
     def own_report(self) -> dict[str, Any] | None:
         """The engine's own figures."""
         return self.engine.report().to_dict()

@@ -103,6 +103,10 @@ class Peer(ABC):
             for _ in range(steps):
                 self.step()
 
+    def settle(self) -> None:
+        """Wait for communication that the last step has left in flight, if the peer does so."""
+        return
+
     def report(self) -> dict[str, int]:
         """The bytes that this rank holds when an update is due, by kind; trains one step to find out."""
         found: dict[str, int] = {}

@@ -66,6 +66,11 @@ class FabricPeer(Peer):
         """Fabric's backward."""
         self.fabric.backward(loss)
 
+    def settle(self) -> None:
+        """What our engine has in flight, if it is one of our strategies."""
+        if self.arguments["strategy"].startswith("accel"):
+            import_module("lightning_accel").engine_of(self.module).wait()
+
     def optimizers(self) -> list[Optimizer]:
         """The optimizer below Fabric's."""
         return [self.bare_optimizer]
