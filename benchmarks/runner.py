@@ -1,6 +1,5 @@
 """Starts the ranks of every peer and visits the peers round by round; one that fails is left out from then on."""
 
-import contextlib
 import shutil
 import tempfile
 import time
@@ -131,9 +130,12 @@ class Runner:
     def _dismiss(self, result: PeerResult) -> None:
         """Take a peer's last figure, and end it."""
         crew = self.crews[result.name]
-        # Last, as torch's profiler ends a process now and then: then this figure is not there, and the others are.
-        with contextlib.suppress(RankFailed):
+        try:
             result.allocator_peak = [peak for peak in crew.ask("allocator") if peak is not None]
+        except RankFailed as failure:
+            # Last, as torch's profiler ends a process now and then: this figure is not there, and the others are.
+            result.story = str(failure)
+        else:
             crew.ask("close")
         self.crews.pop(result.name).end()
 
