@@ -6,6 +6,7 @@ import platform
 import re
 import shlex
 import sys
+from collections.abc import Sequence
 from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any
@@ -16,10 +17,13 @@ _PACKAGES = ("torch", "lightning", "accelerate", "deepspeed", "lightning-accel")
 
 
 def describe(command: str = "benchmarks") -> dict[str, Any]:
-    """Machine, versions, date (UTC) and command line of this process, which is ``python -m command``."""
+    """Machine, versions, date (UTC) and command line of this process, which is ``python -m command``.
+
+    Where results go is left out of the command: it says nothing about them.
+    """
     return {
         "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),
-        "command": f"python -m {command} " + shlex.join(sys.argv[1:]),
+        "command": shlex.join(["python", "-m", command, *_telling(sys.argv[1:])]),
         "machine": {
             "processor": _processor(),
             "cores": os.cpu_count(),
@@ -29,6 +33,14 @@ def describe(command: str = "benchmarks") -> dict[str, Any]:
         },
         "versions": {"python": platform.python_version()} | {name: _version(name) for name in _PACKAGES},
     }
+
+
+def _telling(arguments: Sequence[str]) -> list[str]:
+    kept = [one for one in arguments if not one.startswith("--out=")]
+    while "--out" in kept:
+        at = kept.index("--out")
+        del kept[at : at + 2]
+    return kept
 
 
 def load() -> float:
