@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import sys
 from pathlib import Path
 from typing import Annotated
@@ -80,8 +81,14 @@ def plan(
     from lightning_accel.planning.target import find_optimizer, find_target
 
     columns = TextColumn("{task.description}", markup=False), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn()
-    bar = Progress(*columns, console=console(stderr=True), transient=True, disable=not sys.stderr.isatty())
+    # Without a thread that draws it: rows are simulated by forks of this process.
+    shown = sys.stderr.isatty()
+    bar = Progress(*columns, console=console(stderr=True), transient=True, disable=not shown, auto_refresh=False)
     task = bar.add_task(target, total=None)
+
+    def show(name: str, done: int, total: int) -> None:
+        bar.update(task, description=name, completed=done, total=total, refresh=True)
+
     with readable_errors(), bar:
         model, given = find_target(target, batch)
         planned = make(
@@ -94,7 +101,8 @@ def plan(
             memory=memory,
             rows=row or ROWS,
             checkpointing=checkpointing,
-            progress=lambda name, done, total: bar.update(task, description=name, completed=done, total=total),
+            progress=show,
+            processes=len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else 1,
         )
         if png is not None:
             planned.draw(png)

@@ -29,6 +29,7 @@ from typing_extensions import Self, override
 
 from lightning_accel.core import memory
 from lightning_accel.core.placeholder import ShardedGradient
+from lightning_accel.planning.shortcuts import Shortcuts
 
 Kind: TypeAlias = memory.Purpose | Literal["optimizer_state", "buffers", "activations", "temporary"]
 KINDS: tuple[Kind, ...] = (
@@ -86,6 +87,7 @@ class Ledger(TorchDispatchMode):
         self._blocks: dict[int, _Block] = {}
         self._events: list[tuple[_Block, int, Phase]] | None = None
         self._exits = ExitStack()
+        self._shortcuts = Shortcuts()
 
     @override
     def __enter__(self) -> Self:
@@ -112,7 +114,7 @@ class Ledger(TorchDispatchMode):
         self, func: Any, types: Sequence[type], args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
         """Carry an operation out and look at what it returns."""
-        result = func(*args, **(kwargs or {}))
+        result = self._shortcuts.run(func, args, kwargs or {})
         self._look_at(result)
         return result
 

@@ -16,7 +16,8 @@ from lightning_accel.core.partition import Units, find_blocks
 from lightning_accel.core.placement import find_row
 from lightning_accel.planning.ledger import KINDS, Course, Kind
 from lightning_accel.planning.precision import Precision
-from lightning_accel.planning.simulation import Outcome, Setting, simulate
+from lightning_accel.planning.simulation import Outcome, Setting
+from lightning_accel.planning.simulations import simulations
 from lightning_accel.planning.subject import OptimizerMaker, Subject
 
 ROWS = ("ddp", "zero1", "zero2", "fsdp_partial", "fsdp", "fsdp_hybrid")
@@ -222,6 +223,7 @@ def plan(
     units: Units | None = None,
     bucket_cap_mb: float = 25.0,
     progress: Callable[[str, int, int], None] | None = None,
+    processes: int = 1,
 ) -> Plan:
     """What one training step would allocate and send on each rank, under every row. Nothing is allocated for it.
 
@@ -247,6 +249,8 @@ def plan(
         units: As for the strategies.
         bucket_cap_mb: As for the strategies.
         progress: Told, before each row is simulated, its name, how many are done and how many there are.
+        processes: How many rows are simulated at once. More than one are forked from this process, so only where it
+            has no other threads and has used no GPU.
 
     Raises:
         ValueError: If an argument contradicts another, or the model cannot be trained without values: its forward looks
@@ -294,10 +298,11 @@ def plan(
         for way in ways
     ]
     planned = []
-    for done, setting in enumerate(settings):
-        if progress is not None:
-            progress(f"accel_{setting.row.name}" + " + checkpointing" * setting.checkpointing, done, len(settings))
-        planned.append(RowPlan.of(setting, simulate(subject, setting)))
+    with simulations(subject, settings, processes) as outcomes:
+        for done, setting in enumerate(settings):
+            if progress is not None:
+                progress(f"accel_{setting.row.name}" + " + checkpointing" * setting.checkpointing, done, len(settings))
+            planned.append(RowPlan.of(setting, next(outcomes)))
     return Plan(
         model=type(subject.module).__name__,
         parameters=sum(p.numel() for p in subject.module.parameters() if p.requires_grad),

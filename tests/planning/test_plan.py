@@ -274,3 +274,17 @@ def test_bad_input(options: dict[str, Any], message: str) -> None:
 def test_what_is_no_model(model: Any) -> None:
     with pytest.raises(TypeError, match="Expected a"):
         small(model=model)
+
+
+def test_several_processes_find_the_same() -> None:
+    rows = ["ddp", "zero2", "fsdp"]
+    alone, together = small(rows=rows), small(rows=rows, processes=2)
+    assert together.to_dict() == alone.to_dict()
+    assert [row.course.peak for row in together.rows] == [row.course.peak for row in alone.rows]
+    with pytest.raises(ValueError, match="Expected at least one process, got 0"):
+        small(processes=0)
+
+
+def test_what_a_process_finds_wrong_is_said() -> None:
+    with pytest.raises(ValueError, match="Expected a model whose forward"):
+        small(model=nn.Linear(2, 2), batch=(torch.zeros(3, 5),), processes=2, rows=["ddp", "zero2"])
