@@ -69,15 +69,14 @@ def _asked(settings: LaunchSettings, gpus: int) -> LaunchSettings:
     """Settings with what the user answers."""
     machines = _ask(settings, "num_machines", "How many machines", int)
     if machines > 1:
-        # Taken together: each alone contradicts the number of machines.
-        address = str(_prompt("Address of machine 0, as all machines reach it", settings.main_process_ip))
+        address = "none"
+        while address == "none":
+            address = _prompt("Address of machine 0, as all machines reach it", settings.main_process_ip)
         settings = replace(settings, num_machines=machines, main_process_ip=address, machine_rank=0, num_processes=None)
-        for name, question in (
-            ("machine_rank", f"Which of them is this, 0 to {machines - 1}"),
-            ("main_process_port", "Port on machine 0 to meet at"),
-        ):
-            shown = 29_500 if name == "main_process_port" else None
-            settings = replace(settings, **{name: _ask(settings, name, question, int, shown)})
+        rank = _ask(settings, "machine_rank", f"Which of them is this, 0 to {machines - 1}", int)
+        settings = replace(settings, machine_rank=rank)
+        port = _ask(settings, "main_process_port", "Port on machine 0 to meet at", int, 29_500)
+        settings = replace(settings, main_process_port=port)
     else:
         settings = replace(settings, num_machines=1, machine_rank=0, main_process_ip=None)
     cpu = typer.confirm("Train on the CPU", default=settings.cpu or not gpus)
@@ -104,10 +103,9 @@ def _ask(settings: LaunchSettings, name: str, question: str, kind: Callable[[str
     while True:
         answer = _prompt(question, shown if now is None else now)
         try:
-            value = None if answer == "none" and now is None or answer == "none" else kind(answer)
-            # A number of machines needs an address, which comes next.
-            extra = {"main_process_ip": "later", "num_processes": None} if name == "num_machines" else {}
-            replace(settings, **{name: value, **extra})
+            value = None if answer == "none" else kind(answer)
+            later = {"machine_rank": 0, "main_process_ip": "asked for next", "num_processes": None}
+            replace(settings, **{name: value, **(later if name == "num_machines" else {})})
         except ValueError as error:
             text = str(error) if str(error).startswith("Expected") else f"Expected a whole number, got {answer!r}."
             console(stderr=True).print(Text(text, style="red"), soft_wrap=True)
