@@ -12,6 +12,7 @@ from rich.text import Text
 from lightning_accel.cli.console import console, readable_errors
 
 if TYPE_CHECKING:
+    from lightning_accel.launching.settings import LaunchSettings
     from lightning_accel.launching.settings_file import Found
 
 EITHER_SPELLING = {"token_normalize_func": lambda name: name.replace("-", "_")}
@@ -179,7 +180,7 @@ def launch(
     - `accel launch --num_machines 2 --machine_rank 0 --main_process_ip 10.0.0.1 --num_processes 16 train.py`, and on
       the other machine the same with `--machine_rank 1`
     """
-    given = {
+    given: dict[str, Any] = {
         "num_processes": num_processes,
         "num_machines": num_machines,
         "machine_rank": machine_rank,
@@ -204,11 +205,11 @@ def launch(
         run(settings, script, arguments or [], module=module)
 
 
-def run(settings: Any, script: str, arguments: list[str], *, module: bool = False) -> None:
+def run(settings: LaunchSettings, script: str, arguments: list[str], *, module: bool = False) -> None:
     """Launch, and exit as the rank that failed.
 
     Args:
-        settings: The :class:`~lightning_accel.launching.settings.LaunchSettings`.
+        settings: How.
         script: A Python file or a module.
         arguments: What it is given.
         module: Which of them.

@@ -100,7 +100,8 @@ class Meeting(RendezvousHandler):
         with contextlib.suppress(RendezvousClosedError):  # machine 0 has ended
             self._set(f"failed/{self.rank}", message)
             self._set("failed", "")
-            self._wait_for_others("failed/{}", "seen/{}", seconds=_FAREWELL_S)
+            if self.attempt >= 0:  # else not all have come
+                self._wait_for_others("failed/{}", "seen/{}", seconds=_FAREWELL_S)
         self._ended = True
 
     @override

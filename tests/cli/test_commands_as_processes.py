@@ -5,8 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
-
-from cli.test_launch_command import accel
+from launched import accel
 
 
 def test_config_and_bad_input(tmp_path: Path) -> None:

@@ -6,19 +6,16 @@ import json
 import os
 import re
 import socket
-import subprocess
-import sys
 import time
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import pytest
+from launched import ROOT, accel
 from typer.testing import CliRunner
 
 from lightning_accel.cli.main import app
-
-ROOT = Path(__file__).parent.parent.parent
 
 # A script of somebody who has never heard of this package.
 LIGHTNING = """
@@ -39,7 +36,7 @@ if __name__ == "__main__":
     parser.add_argument("--strategy")
     arguments = parser.parse_args()
     named = {"strategy": arguments.strategy} if arguments.strategy else {}
-    quiet = {"logger": False, "enable_checkpointing": False, "enable_progress_bar": False, "enable_model_summary": False}
+    quiet = dict.fromkeys(["logger", "enable_checkpointing", "enable_progress_bar", "enable_model_summary"], False)
     pl.seed_everything(1)
     trainer = pl.Trainer(max_steps=3, **quiet, **named)
     trainer.fit(Model())
@@ -77,13 +74,6 @@ def refused(*arguments: str | Path) -> tuple[int, str]:
     result = CliRunner().invoke(app, ["launch", *map(str, arguments)], terminal_width=200)
     assert isinstance(result.exception, SystemExit), "or there is a traceback"
     return result.exit_code, " ".join(result.output.split())
-
-
-def accel(*arguments: str | Path, timeout: float = 240, **variables: str) -> subprocess.CompletedProcess[str]:
-    environment = {key: value for key, value in os.environ.items() if key != "OMP_NUM_THREADS"}
-    environment |= {"PYTHONPATH": str(ROOT), "XDG_CONFIG_HOME": "/nowhere", **variables}
-    command = [sys.executable, "-m", "lightning_accel.cli", *map(str, arguments)]
-    return subprocess.run(command, capture_output=True, text=True, timeout=timeout, env=environment, check=False)
 
 
 def script(folder: Path, text: str) -> Path:

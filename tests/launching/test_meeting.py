@@ -73,9 +73,13 @@ def test_a_machine_that_gives_up_ends_the_others() -> None:
     first, second = met()
     giving_up = threading.Thread(target=second.fail, args=("Rank 3 failed: KeyError",))
     giving_up.start()
-    with pytest.raises(RendezvousClosedError, match="machine 1 has given up: Rank 3 failed: KeyError"):
+
+    def run() -> None:
         while True:
             first.num_nodes_waiting()
+
+    with pytest.raises(RendezvousClosedError, match="machine 1 has given up: Rank 3 failed: KeyError"):
+        run()
     giving_up.join()
     assert first.failures() == {1: "Rank 3 failed: KeyError"}
 
