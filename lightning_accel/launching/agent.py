@@ -6,7 +6,7 @@ import logging
 import os
 import sys
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import torch
@@ -34,14 +34,12 @@ class LaunchError(Exception):
     Args:
         message: What happened.
         code: What to exit with.
-        failure: This machine's first one; None if it was not on this machine.
 
     """
 
-    def __init__(self, message: str, code: int, failure: Failure | None = None) -> None:
+    def __init__(self, message: str, code: int) -> None:
         super().__init__(message)
         self.code = code
-        self.failure = failure
 
 
 def launch(settings: LaunchSettings, target: str, arguments: Sequence[str] = (), *, module: bool = False) -> None:
@@ -95,8 +93,7 @@ def _run(settings: LaunchSettings, meeting: Meeting, ranks: int, command: tuple[
         result = agent.run()
         if result.is_failed():
             failure = first_failure(result.failures)
-            meeting.fail(failure.headline())
-            raise LaunchError(_report(failure, meeting), failure.exit_code, failure)
+            raise LaunchError(_report(failure, meeting.fail(failure.headline())), failure.exit_code)
         meeting.shutdown()
     except RendezvousClosedError as error:
         raise LaunchError(f"Machine {settings.machine_rank} ends, as {error}", 1) from error
@@ -105,12 +102,9 @@ def _run(settings: LaunchSettings, meeting: Meeting, ranks: int, command: tuple[
         raise
 
 
-def _report(failure: Failure, meeting: Meeting) -> str:
-    lines = [failure.headline()]
-    if failure.traceback:
-        lines.append(failure.traceback.rstrip())
-    lines += [f"Machine {machine} says: {said}" for machine, said in meeting.failures().items()]
-    return "\n".join(lines)
+def _report(failure: Failure, others: Mapping[int, str]) -> str:
+    lines = [failure.headline(), *(f"Machine {machine} says: {said}" for machine, said in others.items())]
+    return "\n".join([*lines, failure.traceback.rstrip()]).rstrip()
 
 
 def _command(target: str, arguments: Sequence[str], module: bool) -> tuple[str, ...]:

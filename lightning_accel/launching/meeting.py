@@ -85,24 +85,25 @@ class Meeting(RendezvousHandler):
         self.port = port if self._server is None else self._server.port
         self._store: dist.Store | None = None
 
-    def failures(self) -> dict[int, str]:
-        """What other machines have said before they gave up, by machine."""
-        found = {}
-        for machine in range(self.machines):
-            if machine != self.rank and self._has(f"failed/{machine}"):
-                found[machine] = self._get(f"failed/{machine}")
-        return found
+    def fail(self, message: str) -> dict[int, str]:
+        """Tell the other machines that this one gives up, and wait a little until they have seen it.
 
-    def fail(self, message: str) -> None:
-        """Tell the other machines that this one gives up, and wait a little until they have seen it."""
+        Args:
+            message: Why.
+
+        Returns:
+            What other machines have said before they gave up, by machine.
+
+        """
+        self._ended = True
         if self._store is None or self.machines == 1:
-            return
+            return {}
         with contextlib.suppress(RendezvousClosedError):  # machine 0 has ended
             self._set(f"failed/{self.rank}", message)
             self._set("failed", "")
-            if self.attempt >= 0:  # else not all have come
-                self._wait_for_others("failed/{}", "seen/{}", seconds=_FAREWELL_S)
-        self._ended = True
+            self._wait_for_others("failed/{}", "seen/{}", seconds=_FAREWELL_S)
+            return self._failures()
+        return {}
 
     @override
     def get_backend(self) -> str:
@@ -197,7 +198,9 @@ class Meeting(RendezvousHandler):
         try:
             return dist.TCPStore("localhost", port, is_master=True, wait_for_workers=False, timeout=_ANSWER)
         except RuntimeError as error:
-            raise ValueError(f"Expected port {port} to be free for the machines to meet at: {error}") from error
+            raise ValueError(
+                f"Expected port {port} to be free for the machines to meet at: {_first_line(error)}"
+            ) from error
 
     def _join(self) -> dist.Store:
         deadline = time.monotonic() + self._join_timeout
@@ -205,7 +208,7 @@ class Meeting(RendezvousHandler):
             store: dist.Store = self._server
         else:
             self._wait_for_machine_0(deadline)
-            store = dist.TCPStore(self.address, self.port, is_master=False, wait_for_workers=False, timeout=_ANSWER)
+            store = self._connect()
         self._store = store = dist.PrefixStore(_PREFIX, store)
         if store.add(f"came/{self.rank}", 1) > 1:
             raise ValueError(
@@ -224,6 +227,15 @@ class Meeting(RendezvousHandler):
                 f" machine {self.rank}."
             )
         return store
+
+    def _connect(self) -> dist.TCPStore:
+        try:
+            return dist.TCPStore(self.address, self.port, is_master=False, wait_for_workers=False, timeout=_ANSWER)
+        except RuntimeError as error:
+            raise ValueError(
+                f"Expected accel launch of machine 0 at {self.address} port {self.port}, but something else answers:"
+                f" {_first_line(error)}"
+            ) from error
 
     def _wait_for_machine_0(self, deadline: float) -> None:
         while True:
@@ -260,16 +272,20 @@ class Meeting(RendezvousHandler):
     def _look(self) -> None:
         """Say that this machine is there, and raise if another one has given up."""
         self._set(f"alive/{self.rank}", str(time.monotonic()))
-        failed = self.failures() if self._has("failed") else {}
+        failed = self._failures() if self._has("failed") else {}
         if failed:
             self._set(f"seen/{self.rank}", "")
         for machine, message in failed.items():
             raise RendezvousClosedError(f"machine {machine} has given up: {message}")
 
-    def _wait_for_others(self, *keys: str, seconds: float) -> None:
-        """Until each other machine has set any of these, or time is up."""
-        deadline = time.monotonic() + seconds
+    def _failures(self) -> dict[int, str]:
         others = [machine for machine in range(self.machines) if machine != self.rank]
+        return {machine: self._get(f"failed/{machine}") for machine in others if self._has(f"failed/{machine}")}
+
+    def _wait_for_others(self, *keys: str, seconds: float) -> None:
+        """Until each other machine that has come has set any of these, or time is up."""
+        deadline = time.monotonic() + seconds
+        others = [m for m in range(self.machines) if m != self.rank and self._has(f"came/{m}")]
         while time.monotonic() < deadline:
             if all(any(self._has(key.format(machine)) for key in keys) for machine in others):
                 return
@@ -299,8 +315,14 @@ def _asking() -> Iterator[None]:
     try:
         yield
     except RuntimeError as error:
-        first = str(error).partition("\n")[0]
-        raise RendezvousClosedError(f"machine 0 has ended, or cannot be reached any more: {first}") from error
+        raise RendezvousClosedError(
+            f"machine 0 has ended, or cannot be reached any more: {_first_line(error)}"
+        ) from error
+
+
+def _first_line(error: BaseException) -> str:
+    """Without the frames of C++ that torch adds."""
+    return str(error).partition("\n")[0]
 
 
 def require_free(port: int) -> None:

@@ -81,7 +81,7 @@ def test_a_machine_that_gives_up_ends_the_others() -> None:
     with pytest.raises(RendezvousClosedError, match="machine 1 has given up: Rank 3 failed: KeyError"):
         run()
     giving_up.join()
-    assert first.failures() == {1: "Rank 3 failed: KeyError"}
+    assert first.fail("so does this one") == {1: "Rank 3 failed: KeyError"}
 
 
 def test_a_machine_that_has_finished_sees_another_fail() -> None:
@@ -138,5 +138,5 @@ def test_alone() -> None:
     assert info.bootstrap_store_info is not None
     assert info.bootstrap_store_info.master_port == meeting.port != 0
     assert meeting.num_nodes_waiting() == 0
-    meeting.fail("nobody hears it")
+    assert meeting.fail("nobody hears it") == {}
     assert meeting.shutdown()
