@@ -136,6 +136,15 @@ def launch(
             rich_help_panel="How",
         ),
     ] = None,
+    debug: Annotated[
+        bool | None,
+        typer.Option(
+            "--debug/--no_debug",
+            help="Check every collective of the Accelerator: slower, and errors instead of hanging.",
+            show_default=False,
+            rich_help_panel="How",
+        ),
+    ] = None,
     num_cpu_threads_per_process: Annotated[
         int | None,
         typer.Option(
@@ -160,22 +169,17 @@ def launch(
     Options go before SCRIPT, with dashes or underscores; what follows SCRIPT is the script's. All ranks end when one
     fails, and its traceback is the last thing on the screen; the exit status is that rank's.
 
-    Who takes --strategy, --mixed_precision and the rest:
-
-    - `lightning_accel.Accelerator`: what its arguments leave open.
-
-    - Lightning's `Trainer`: what its arguments leave open. `Trainer()` trains on all ranks, with Lightning's own
-      strategy unless there is one here.
-
-    - Lightning's `Fabric`: instead of its arguments.
-
-    - Any script may name a strategy of this package: `train.py --strategy accel_fsdp` needs no import for it.
+    --strategy, --mixed_precision and the rest are for what the arguments of `lightning_accel.Accelerator`, Lightning's
+    `Trainer` and its `Fabric` leave open: `Trainer()` trains on all ranks, with Lightning's own strategy unless there
+    is one here. A script may also name a strategy of this package itself, without importing it.
 
     For example:
 
     - `accel launch --num_processes 2 --cpu train.py --lr 0.1`
 
     - `accel launch --strategy fsdp --mixed_precision bf16 train.py`
+
+    - `accel launch --num_processes 2 train.py --strategy accel_fsdp`, where train.py hands it to a Trainer
 
     - `accel launch --num_machines 2 --machine_rank 0 --main_process_ip 10.0.0.1 --num_processes 16 train.py`, and on
       the other machine the same with `--machine_rank 1`
@@ -193,6 +197,7 @@ def launch(
         "mixed_precision": mixed_precision,
         "gradient_accumulation_steps": gradient_accumulation_steps,
         "gradient_clipping": gradient_clipping,
+        "debug": debug,
         "num_cpu_threads_per_process": num_cpu_threads_per_process,
         "max_restarts": max_restarts,
     }

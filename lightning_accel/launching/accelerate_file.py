@@ -17,7 +17,7 @@ from lightning_accel.launching.settings import describe_unknown
 _MARKS = ("compute_environment", "distributed_type")
 """Keys that only Accelerate's files have."""
 
-_SAME = ("num_machines", "machine_rank", "main_process_ip", "main_process_port")
+_SAME = ("debug", "num_machines", "machine_rank", "main_process_ip", "main_process_port")
 """What has one name and one meaning in both."""
 
 _REFUSED = {
@@ -60,7 +60,6 @@ _FSDP_SAY = {
     "min_num_params": "units are found by themselves; AccelFSDPStrategy(bucket_cap_mb=...) sets their size",
 }
 _SAY = {
-    "debug": "collectives are not checked by this setting",
     "downcast_bf16": "it is for TPUs",
     "enable_cpu_affinity": "ranks are not bound to cores",
     "fp8_config": "mixed_precision fp8 is by torchao, with its own settings",

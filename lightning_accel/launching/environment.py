@@ -2,10 +2,9 @@
 
 [Note: who reads what]
 ``ACCEL_*`` are the defaults of ``lightning_accel.Accelerator``. A Lightning Trainer takes each argument that the script
-does not give from ``PL_TRAINER_*``. A Fabric takes ``LT_*`` in place of what the script says; ``LT_CLI_USED``, with
-which Lightning would raise where these differ, is left out, since with it a script must not call ``fabric.launch()``.
-The numbers of devices and machines are always told: in a rank of torchrun's, a Trainer that finds no other number than
-one device on the CPU would train alone, and say nothing.
+does not give from ``PL_TRAINER_*``, and so does a Fabric here (see fabric_defaults.py). The numbers of devices and
+machines are always told: in a rank of torchrun's, a Trainer that finds no other number than one device on the CPU would
+train alone, and say nothing.
 """
 
 from __future__ import annotations
@@ -26,19 +25,18 @@ def environment(settings: LaunchSettings, local_processes: int) -> dict[str, str
         local_processes: How many ranks this machine has.
 
     """
-    found = {
-        **{f"PL_TRAINER_{name}": value for name, value in _both(settings, local_processes).items()},
-        **{f"LT_{name}": value for name, value in _both(settings, local_processes).items()},
-        **_accel(settings),
-    }
-    if settings.precision == "fp8-mixed":
-        del found["LT_PRECISION"]  # Lightning looks this one up itself, and does not know that name
+    found = {"PL_TRAINER_DEVICES": str(local_processes), "PL_TRAINER_NUM_NODES": str(settings.num_machines)}
+    found |= _accel(settings)
+    if settings.strategy is not None:
+        found["PL_TRAINER_STRATEGY"] = settings.strategy
+    if settings.precision is not None:
+        found["PL_TRAINER_PRECISION"] = settings.precision
     if settings.gradient_accumulation_steps is not None:
         found["PL_TRAINER_ACCUMULATE_GRAD_BATCHES"] = str(settings.gradient_accumulation_steps)
     if settings.gradient_clipping is not None:
         found["PL_TRAINER_GRADIENT_CLIP_VAL"] = str(settings.gradient_clipping)
     if settings.cpu:
-        found["CUDA_VISIBLE_DEVICES"] = ""
+        found |= {"PL_TRAINER_ACCELERATOR": "cpu", "CUDA_VISIBLE_DEVICES": ""}
     elif settings.gpu_ids != "all":
         found["CUDA_VISIBLE_DEVICES"] = settings.gpu_ids
     return found
@@ -67,23 +65,12 @@ def cores() -> int:
     return os.cpu_count() or 1
 
 
-def _both(settings: LaunchSettings, local_processes: int) -> dict[str, str]:
-    """What the Trainer and Fabric have one name for."""
-    found = {"DEVICES": str(local_processes), "NUM_NODES": str(settings.num_machines)}
-    if settings.cpu:
-        found["ACCELERATOR"] = "cpu"
-    if settings.strategy is not None:
-        found["STRATEGY"] = settings.strategy
-    if settings.precision is not None:
-        found["PRECISION"] = settings.precision
-    return found
-
-
 def _accel(settings: LaunchSettings) -> dict[str, str]:
     found = {
         "ACCEL_STRATEGY": settings.strategy,
         "ACCEL_MIXED_PRECISION": settings.mixed_precision,
         "ACCEL_CPU": "1" if settings.cpu else None,
         "ACCEL_GRADIENT_ACCUMULATION_STEPS": settings.gradient_accumulation_steps,
+        "ACCEL_DEBUG_MODE": "1" if settings.debug else None,
     }
     return {name: str(value) for name, value in found.items() if value is not None}

@@ -52,6 +52,8 @@ class LaunchSettings:
     """How many micro-batches make a step."""
     gradient_clipping: float | None = None
     """The largest norm of gradients, for scripts with Lightning's Trainer."""
+    debug: bool = False
+    """Whether the collectives of ``lightning_accel.Accelerator`` are checked: a shape that differs is an error then."""
     num_cpu_threads_per_process: int | None = None
     """Threads for the operations of a rank. Default: the machine's cores, divided by its ranks, if these train on the
     CPU; or what OMP_NUM_THREADS says."""
@@ -224,6 +226,7 @@ _CHECKS = {
     "strategy": _text,
     "gradient_accumulation_steps": _Number(1),
     "gradient_clipping": _positive,
+    "debug": _flag,
     "num_cpu_threads_per_process": _Number(1),
     "max_restarts": _Number(0),
     "join_timeout": _positive,

@@ -84,13 +84,13 @@ def test_questions_that_are_not_answered_write_nothing() -> None:
 def test_env(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("NCCL_DEBUG", "INFO")
     monkeypatch.setenv("SECRET", "never shown")
-    (tmp_path / "a.yaml").write_text("distributed_type: MULTI_GPU\nnum_processes: 2\ndebug: true\n")
+    (tmp_path / "a.yaml").write_text("distributed_type: MULTI_GPU\nnum_processes: 2\ndowncast_bf16: true\n")
     result = accel("env", "--config-file", tmp_path / "a.yaml")
     assert result.exit_code == 0
     rows = [" ".join(line.split()) for line in result.output.splitlines()]
     for row in (f"torch {torch.__version__}", "GPUs 0", "NCCL_DEBUG INFO", "num_processes 2", "strategy accel_ddp"):
         assert row in rows, result.output
-    assert "not taken over debug=True" in result.output.replace("  ", " ").replace("  ", " ")
+    assert "not taken over downcast_bf16=True" in result.output.replace("  ", " ").replace("  ", " ")
     assert "never shown" not in result.output
     assert f"the defaults; there is no {default_path()}" in accel("env").output
 

@@ -93,7 +93,10 @@ def test_one_process(tmp_path: Path) -> None:
 
 def test_several_machines_with_gpus(tmp_path: Path) -> None:
     text = base("MULTI_GPU", "bf16", 8).replace("num_machines: 1", "num_machines: 2").replace("_rank: 0", "_rank: 1")
-    text += "gpu_ids: 0,1,2,3\nmain_process_ip: 10.0.0.1\nmain_process_port: 29501\n"
+    text = (
+        text.replace("debug: false", "debug: true")
+        + "gpu_ids: 0,1,2,3\nmain_process_ip: 10.0.0.1\nmain_process_port: 29501\n"
+    )
     assert found(tmp_path, text).settings.changed() == {
         "num_processes": 8,
         "num_machines": 2,
@@ -103,6 +106,7 @@ def test_several_machines_with_gpus(tmp_path: Path) -> None:
         "gpu_ids": "0,1,2,3",
         "mixed_precision": "bf16",
         "strategy": "accel_ddp",
+        "debug": True,
     }
 
 
@@ -193,10 +197,10 @@ def test_a_file_of_deepspeed(tmp_path: Path) -> None:
 
 
 def test_what_cannot_be_taken_over_is_named(tmp_path: Path) -> None:
-    text = base("MULTI_GPU").replace("debug: false", "debug: true").replace("static", "c10d")
+    text = base("MULTI_GPU").replace("static", "c10d")
     text += "dynamo_config:\n  dynamo_backend: INDUCTOR\nmpirun_config: {}\nfp8_config: {backend: TE}\n"
     named = {sentence.partition(":")[0] for sentence in found(tmp_path, text).left_out}
-    assert named == {"debug=True", "rdzv_backend=c10d", "dynamo_config", "fp8_config"}
+    assert named == {"rdzv_backend=c10d", "dynamo_config", "fp8_config"}
     assert found(tmp_path, base("MULTI_GPU") + "dynamo_config:\n  dynamo_backend: 'NO'\n").left_out == ()
 
 

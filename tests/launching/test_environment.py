@@ -14,8 +14,6 @@ def test_only_what_was_given() -> None:
     assert environment(LaunchSettings(), 3) == {
         "PL_TRAINER_DEVICES": "3",
         "PL_TRAINER_NUM_NODES": "1",
-        "LT_DEVICES": "3",
-        "LT_NUM_NODES": "1",
     }
 
 
@@ -28,6 +26,7 @@ def test_everything() -> None:
         mixed_precision="bf16",
         gradient_accumulation_steps=4,
         gradient_clipping=0.5,
+        debug=True,
     )
     assert environment(settings, 2) == {
         "PL_TRAINER_DEVICES": "2",
@@ -37,14 +36,10 @@ def test_everything() -> None:
         "PL_TRAINER_PRECISION": "bf16-mixed",
         "PL_TRAINER_ACCUMULATE_GRAD_BATCHES": "4",
         "PL_TRAINER_GRADIENT_CLIP_VAL": "0.5",
-        "LT_DEVICES": "2",
-        "LT_NUM_NODES": "2",
-        "LT_ACCELERATOR": "cpu",
-        "LT_STRATEGY": "accel_fsdp",
-        "LT_PRECISION": "bf16-mixed",
         "ACCEL_STRATEGY": "accel_fsdp",
         "ACCEL_MIXED_PRECISION": "bf16",
         "ACCEL_CPU": "1",
+        "ACCEL_DEBUG_MODE": "1",
         "ACCEL_GRADIENT_ACCUMULATION_STEPS": "4",
         "CUDA_VISIBLE_DEVICES": "",
     }
@@ -55,7 +50,6 @@ def test_gpus() -> None:
     assert found["CUDA_VISIBLE_DEVICES"] == "1,3"
     assert found["ACCEL_MIXED_PRECISION"] == "fp8"
     assert found["PL_TRAINER_PRECISION"] == "fp8-mixed"
-    assert "LT_PRECISION" not in found
 
 
 def test_threads(monkeypatch: pytest.MonkeyPatch) -> None:
