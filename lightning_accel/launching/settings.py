@@ -70,7 +70,9 @@ class LaunchSettings:
         object.__setattr__(self, "strategy", _find_strategy(self.strategy))
         self._check_machines()
         if self.cpu and self.gpu_ids != "all":
-            raise ValueError(f"Expected gpu_ids or cpu, got both: gpu_ids={self.gpu_ids} and cpu=True. Leave one out.")
+            raise ValueError(
+                f"Expected gpu_ids or cpu, got both: gpu_ids={self.gpu_ids} and cpu=True. Leave one out: gpu_ids=all names none."
+            )
 
     def _check_machines(self) -> None:
         if not self.machine_rank < self.num_machines:

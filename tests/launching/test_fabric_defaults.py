@@ -12,7 +12,8 @@ from lightning.fabric.plugins import MixedPrecision
 from lightning_accel.launching.fabric_defaults import offer
 from lightning_accel.strategies.fabric import AccelZeROStrategy
 
-VARIABLES = {
+VARIABLES = {"ACCELERATOR": "cpu", "STRATEGY": "accel_fsdp", "DEVICES": "2", "NUM_NODES": "1"}
+VARIABLES["PRECISION"] = "bf16-mixed"
     "ACCELERATOR": "cpu",
     "STRATEGY": "accel_fsdp",
     "DEVICES": "2",
