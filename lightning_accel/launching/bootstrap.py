@@ -51,13 +51,13 @@ def run_script(path: str, arguments: list[str]) -> None:
         sys.path[0] = os.path.dirname(os.path.realpath(path))
     # runpy.run_path takes the module away again when the script has ended, and what runs later (threads, atexit) would
     # not find its classes.
+    absolute = os.path.abspath(path)
     module = ModuleType("__main__")
-    module.__dict__.update(
-        __file__=path, __cached__=None, __builtins__=builtins, __loader__=SourceFileLoader("__main__", path)
-    )
+    loader = SourceFileLoader("__main__", absolute)
+    module.__dict__.update(__file__=absolute, __cached__=None, __builtins__=builtins, __loader__=loader)
     sys.modules["__main__"] = module
-    with io.open_code(os.path.abspath(path)) as file:
-        code = compile(file.read(), path, "exec", dont_inherit=True)
+    with io.open_code(absolute) as file:
+        code = compile(file.read(), absolute, "exec", dont_inherit=True)
     exec(code, module.__dict__)
 
 

@@ -7,7 +7,6 @@ script says, objects included, or have ``fabric.launch()`` refused; so a Fabric 
 from __future__ import annotations
 
 import functools
-import inspect
 import os
 from typing import Any
 
@@ -19,16 +18,14 @@ _ARGUMENTS = ("accelerator", "strategy", "devices", "num_nodes", "precision")
 def offer() -> None:
     """Have every Fabric that is made from now on take what it is not given from the environment."""
     stock = Fabric.__init__
-    signature = inspect.signature(stock)
 
     @functools.wraps(stock)
-    def __init__(self: Fabric, *args: Any, **kwargs: Any) -> None:
-        given = signature.bind_partial(self, *args, **kwargs).arguments
+    def __init__(self: Fabric, **kwargs: Any) -> None:
         for name in _ARGUMENTS:
             value = os.environ.get(f"PL_TRAINER_{name.upper()}", "")
             # Plugins may say what the precision is, and then nobody else must.
-            if value and name not in given and not (name == "precision" and given.get("plugins")):
+            if value and name not in kwargs and not (name == "precision" and kwargs.get("plugins")):
                 kwargs[name] = int(value) if name == "num_nodes" else value
-        stock(self, *args, **kwargs)
+        stock(self, **kwargs)
 
     Fabric.__init__ = __init__  # type: ignore[method-assign]

@@ -71,7 +71,7 @@ class LaunchSettings:
         self._check_machines()
         if self.cpu and self.gpu_ids != "all":
             raise ValueError(
-                f"Expected gpu_ids or cpu, got both: gpu_ids={self.gpu_ids} and cpu=True. Leave one out: gpu_ids=all names none."
+                f"Expected gpu_ids or cpu, got both: gpu_ids={self.gpu_ids} and cpu=True. Leave one out (gpu_ids=all)."
             )
 
     def _check_machines(self) -> None:

@@ -14,12 +14,6 @@ from lightning_accel.strategies.fabric import AccelZeROStrategy
 
 VARIABLES = {"ACCELERATOR": "cpu", "STRATEGY": "accel_fsdp", "DEVICES": "2", "NUM_NODES": "1"}
 VARIABLES["PRECISION"] = "bf16-mixed"
-    "ACCELERATOR": "cpu",
-    "STRATEGY": "accel_fsdp",
-    "DEVICES": "2",
-    "NUM_NODES": "1",
-    "PRECISION": "bf16-mixed",
-}
 
 
 @pytest.fixture(autouse=True)
@@ -46,7 +40,3 @@ def test_what_the_script_says_goes_first(given: dict[str, Any], row: str, precis
     assert fabric.strategy.row.name == row  # type: ignore[attr-defined]
     assert fabric.strategy.precision.precision == precision
     assert fabric.strategy.num_processes == 2  # type: ignore[attr-defined]
-
-
-def test_positions_count() -> None:
-    assert Fabric("cpu", "accel_ddp").strategy.row.name == "ddp"  # type: ignore[attr-defined]
