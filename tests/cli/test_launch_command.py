@@ -177,7 +177,7 @@ def test_ranks_that_fail_are_started_again_and_then_explained(tmp_path: Path) ->
     assert sorted(done.stdout.split("\n")) == ["", *["attempt 0: 2 ranks"] * 2, *["attempt 1: 2 ranks"] * 2]
     *_, error = done.stderr.partition("Error: Rank 1")
     assert re.match(r" failed( \(1 more on this machine followed\))?: LookupError: no more luck\n", error), done.stderr
-    own = f'Traceback (most recent call last):\n  File "{path}", line 15, in <module>\n'
+    own = f'Traceback (most recent call last):\n  File "{path}", line 14, in <module>\n'
     assert own in error
     assert error.rstrip().endswith("LookupError: no more luck")
 

@@ -46,7 +46,7 @@ if __name__ == "__main__":
 def run(*command: str, folder: Path, **variables: str) -> tuple[int, dict[str, Any], str]:
     environment = {**os.environ, "PYTHONPATH": str(ROOT), **variables}
     done = subprocess.run(
-        [sys.executable, *command], capture_output=True, text=True, cwd=folder, env=environment, timeout=120
+        [sys.executable, *command], capture_output=True, text=True, cwd=folder, env=environment, timeout=240
     )
     assert done.stdout, done.stderr
     return done.returncode, json.loads(done.stdout), done.stderr

@@ -81,7 +81,7 @@ def launch(machines: Hosts, path: Path, *arguments: str) -> list[tuple[int, str]
         for number, name in enumerate(machines.names)
     ]
     try:
-        outputs = [process.communicate(timeout=120)[0] for process in processes]
+        outputs = [process.communicate(timeout=240)[0] for process in processes]
     finally:
         for process in processes:
             process.kill()
@@ -93,7 +93,7 @@ def test_the_same_losses_as_on_one_machine(machines: Hosts, tmp_path: Path) -> N
     for folder in ("one", "two"):
         (tmp_path / folder).mkdir()
     one = [*LAUNCH, str(tmp_path / "script.py"), str(tmp_path / "one")]
-    done = subprocess.run(one, env=environment(), capture_output=True, text=True, timeout=120)
+    done = subprocess.run(one, env=environment(), capture_output=True, text=True, timeout=240)
     assert done.returncode == 0, done.stderr
     for code, output in launch(machines, tmp_path / "script.py", str(tmp_path / "two")):
         assert code == 0, output
