@@ -16,7 +16,7 @@ from lightning_accel.cli.console import readable_errors
 def bench(
     arguments: Annotated[
         list[str] | None,
-        typer.Argument(metavar="[ARGUMENTS]...", help="What python -m benchmarks takes.", show_default=False),
+        typer.Argument(metavar="ARGUMENTS", help="What python -m benchmarks takes.", show_default=False),
     ] = None,
 ) -> None:
     """Measure the strategies beside torch's and others on this machine: the benchmarks of the repository.

@@ -104,7 +104,7 @@ def _ask(settings: LaunchSettings, name: str, question: str, kind: Callable[[str
         answer = _prompt(question, shown if now is None else now)
         try:
             value = None if answer == "none" else kind(answer)
-            later = {"machine_rank": 0, "main_process_ip": "asked for next", "num_processes": None}
+            later: dict[str, Any] = {"machine_rank": 0, "main_process_ip": "asked for next", "num_processes": None}
             replace(settings, **{name: value, **(later if name == "num_machines" else {})})
         except ValueError as error:
             text = str(error) if str(error).startswith("Expected") else f"Expected a whole number, got {answer!r}."

@@ -15,10 +15,14 @@ from rich.text import Text
 
 from lightning_accel.cli.console import console, readable_errors
 
-_PACKAGES = ("lightning-accel", "torch", "lightning", "pytorch-lightning", "torchmetrics", "torchdata", "torchao")
-_PACKAGES += ("torch_xla", "deepspeed", "accelerate", "transformers", "safetensors", "fsspec", "numpy")
-_VARIABLES = ("ACCEL_", "PL_TRAINER_", "LT_", "NCCL_", "GLOO_", "TORCH_", "OMP_", "MKL_", "CUDA_VISIBLE_", "MASTER_")
-_VARIABLES += ("SLURM_JOB_ID", "SLURM_NTASKS", "RANK", "LOCAL_RANK", "WORLD_SIZE", "XDG_CONFIG_HOME")
+_PACKAGES = (
+    *("lightning-accel", "torch", "lightning", "pytorch-lightning", "torchmetrics", "torchdata", "torchao"),
+    *("torch_xla", "deepspeed", "accelerate", "transformers", "safetensors", "fsspec", "numpy"),
+)
+_VARIABLES = (
+    *("ACCEL_", "PL_TRAINER_", "LT_", "NCCL_", "GLOO_", "TORCH_", "OMP_", "MKL_", "CUDA_VISIBLE_", "MASTER_"),
+    *("SLURM_JOB_ID", "SLURM_NTASKS", "RANK", "LOCAL_RANK", "WORLD_SIZE", "XDG_CONFIG_HOME"),
+)
 _GIB = 2**30
 
 

@@ -23,7 +23,7 @@ def launch(
     script: Annotated[str, typer.Argument(metavar="SCRIPT", help="A Python file, or with --module a module's name.")],
     arguments: Annotated[
         list[str] | None,
-        typer.Argument(metavar="[ARGUMENTS]...", help="What follows is for the script.", show_default=False),
+        typer.Argument(metavar="ARGUMENTS", help="What follows is for the script.", show_default=False),
     ] = None,
     module: Annotated[
         bool, typer.Option("--module", "-m", help="SCRIPT is a module, as with python -m.", show_default=False)
@@ -109,7 +109,7 @@ def launch(
         typer.Option(
             "--strategy",
             help="accel_ddp, accel_zero1, accel_zero2, accel_zero3, accel_fsdp, accel_fsdp_partial, accel_fsdp_hybrid,"
-            " or accel_auto (Trainer only). See below for who takes it.",
+            " or accel_auto (Trainer only); accel_ may be left out.",
             show_default=False,
             rich_help_panel="How",
         ),

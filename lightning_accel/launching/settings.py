@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import difflib
 import re
-from collections.abc import Collection, Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass, fields
 from typing import Any
 
@@ -216,7 +216,7 @@ def _precision(name: str, value: object) -> None:
         raise ValueError(f"Expected {name} to be one of {', '.join(MIXED_PRECISIONS)}, got {value!r}.{hint}")
 
 
-_CHECKS = {
+_CHECKS: dict[str, Callable[[str, object], None]] = {
     "num_processes": _Number(1),
     "num_machines": _Number(1),
     "machine_rank": _Number(0),
