@@ -11,7 +11,7 @@ from lightning.fabric import Fabric
 from torch import Tensor, nn
 
 ROWS = ("ddp", "zero2", "fsdp")
-_STEPS = 5
+_STEPS = 10
 _FEATURES = 16
 _SAMPLES_PER_RANK = 4
 
@@ -30,16 +30,15 @@ def train(fabric: Fabric, device: torch.device, ranks: int, rank: int) -> list[f
 
     """
     torch.manual_seed(0)
-    # Mps has no double precision.
-    dtype = torch.float32 if device.type == "mps" else torch.float64
-    net = nn.Sequential(nn.Linear(_FEATURES, 32), nn.Tanh(), nn.Linear(32, 32), nn.Tanh(), nn.Linear(32, 1)).to(dtype)
-    inputs = torch.randn(_STEPS, ranks * _SAMPLES_PER_RANK, _FEATURES, dtype=dtype)
+    net = nn.Sequential(nn.Linear(_FEATURES, 32), nn.Tanh(), nn.Linear(32, 32), nn.Tanh(), nn.Linear(32, 1)).double()
+    inputs = torch.randn(ranks * _SAMPLES_PER_RANK, _FEATURES, dtype=torch.float64)
     targets = inputs.sum(-1, keepdim=True).sin()
+    mine = slice(rank, None, ranks) if fabric.world_size > 1 else slice(None)
+    batch, target = inputs[mine].to(device), targets[mine].to(device)
     model, optimizer = fabric.setup(net, torch.optim.AdamW(net.parameters(), lr=0.01))
     losses = []
-    for batch, target in zip(inputs, targets, strict=True):
-        mine = slice(rank, None, ranks) if fabric.world_size > 1 else slice(None)
-        loss = nn.functional.mse_loss(model(batch[mine].to(device)), target[mine].to(device))
+    for _ in range(_STEPS):
+        loss = nn.functional.mse_loss(model(batch), target)
         optimizer.zero_grad()
         fabric.backward(loss)
         optimizer.step()
