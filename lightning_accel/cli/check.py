@@ -53,13 +53,8 @@ def check(
         differences = [abs(ours - theirs) for ours, theirs in zip(losses, expected, strict=True)]
         same = all(difference <= _CLOSE for difference in differences)  # max() would pass over a NaN
         passed = passed and same
-        table.add_row(
-            f"accel_{row}",
-            f"{losses[0]:.6f}",
-            f"{losses[-1]:.6f}",
-            f"{max(differences):.1e}",
-            "ok" if same else "WRONG",
-        )
+        shown = f"{losses[0]:.6f}", f"{losses[-1]:.6f}", f"{max(differences):.1e}"
+        table.add_row(f"accel_{row}", *shown, "ok" if same else "WRONG")
     console().print(table)
     if not passed:
         raise typer.Exit(1)
