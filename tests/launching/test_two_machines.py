@@ -52,6 +52,23 @@ if os.environ["RANK"] == "3":
 time.sleep(300)
 """
 
+# Rank 3 fails at first; nothing of the other machine's ever would.
+RESTARTED = """
+import os, time
+import torch
+import torch.distributed as dist
+
+dist.init_process_group("gloo")
+total = torch.ones(1)
+dist.all_reduce(total)
+attempt = os.environ["TORCHELASTIC_RESTART_COUNT"]
+print(f"attempt {attempt}: {int(total)} ranks", flush=True)
+if attempt == "0":
+    if dist.get_rank() == 3:
+        raise LookupError("no more luck")
+    time.sleep(300)
+"""
+
 
 @pytest.fixture(scope="module")
 def machines() -> Iterator[Hosts]:
@@ -67,9 +84,10 @@ def environment(**variables: str) -> dict[str, str]:
     return {**os.environ, "PYTHONPATH": str(ROOT), "XDG_CONFIG_HOME": "/nowhere", "OMP_NUM_THREADS": "1", **variables}
 
 
-def launch(machines: Hosts, path: Path, *arguments: str) -> list[tuple[int, str]]:
+def launch(machines: Hosts, path: Path, *arguments: str, restarts: int = 0) -> list[tuple[int, str]]:
     """Run a script on both, two ranks on each; exit status and what was said."""
     meeting = ["--num_machines", "2", "--main_process_ip", machines.addresses[0], "--main_process_port", "29612"]
+    meeting += ["--max_restarts", str(restarts)]
     processes = [
         subprocess.Popen(
             ["ip", "netns", "exec", name, *LAUNCH, *meeting, "--machine_rank", str(number), str(path), *arguments],
@@ -113,3 +131,10 @@ def test_a_rank_that_fails_ends_both_machines(machines: Hosts, tmp_path: Path) -
     assert "LookupError: no more luck" in said
     assert other.rstrip().endswith("LookupError: no more luck")
     assert "Rank 3 failed" in other
+
+
+def test_all_machines_start_again(machines: Hosts, tmp_path: Path) -> None:
+    (tmp_path / "script.py").write_text(RESTARTED)
+    for code, output in launch(machines, tmp_path / "script.py", restarts=1):
+        assert code == 0, output
+        assert output.count("attempt 0: 4 ranks") == output.count("attempt 1: 4 ranks") == 2
