@@ -16,7 +16,7 @@ if find_spec("lightning") is not None:
     from lightning_accel.plugins import AccelPrecision
     from lightning_accel.strategies import register
 
-    __all__ += ["AccelPrecision"]
+    __all__ += ["AccelPrecision", "Accelerator", "LocalSGD"]
     register()
 
 
@@ -26,4 +26,8 @@ def __getattr__(name: str) -> Any:
         from lightning_accel.planning import plan
 
         return plan
+    if name in ("Accelerator", "LocalSGD") and name in __all__:
+        from lightning_accel import manual
+
+        return getattr(manual, name)
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
