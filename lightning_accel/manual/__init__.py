@@ -1,0 +1,1 @@
+"""The manual loop, with the verbs that Accelerate's users know."""
