@@ -3,7 +3,15 @@
 Knows torch and torch.distributed only.
 """
 
+from lightning_accel.data.joining import JoinedLoader, join_uneven_inputs, joined
 from lightning_accel.data.loader import ShardedLoader
 from lightning_accel.data.preparing import prepare_data_loader, skip_first_batches
 
-__all__ = ["ShardedLoader", "prepare_data_loader", "skip_first_batches"]
+__all__ = [
+    "JoinedLoader",
+    "ShardedLoader",
+    "join_uneven_inputs",
+    "joined",
+    "prepare_data_loader",
+    "skip_first_batches",
+]

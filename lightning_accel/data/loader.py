@@ -12,6 +12,7 @@ from typing_extensions import override
 from lightning_accel.data.batches import to_device
 from lightning_accel.data.passes import Feed, Pass, SentFeed, is_iterable
 from lightning_accel.data.shuffling import Alike, SeededSampler
+from lightning_accel.data.wire import Delivery
 
 _VERSION = 1
 
@@ -24,6 +25,15 @@ class Watcher(Protocol):
 
     def ended(self, loader: ShardedLoader) -> None:
         """It is over: at its end, or left."""
+
+
+class Joins(Protocol):
+    """Has all ranks come to the end of their batches together."""
+
+    is_shadow: bool
+
+    def run(self, deliveries: Iterator[Delivery]) -> Iterator[Delivery]:
+        """This rank's batches, and others in their place until all ranks have come to their last."""
 
 
 class LoaderView(DataLoader[Any]):
@@ -99,6 +109,8 @@ class ShardedLoader(LoaderView):
         self.remainder = -1
         """With the last batch: how many samples of the last round, in the order of ranks, are no duplicates. -1 if all
         are, or nobody knows."""
+        self.joining: Joins | None = None
+        """Where ranks may have different numbers of batches: what has them end together."""
         self._passing: Pass | None = None
         self._loaded: Mapping[str, Any] | None = None  # what to go on from
 
@@ -126,7 +138,8 @@ class ShardedLoader(LoaderView):
         if self.watcher is not None:
             self.watcher.began(self)
         try:
-            for delivery in passing:
+            deliveries = iter(passing)
+            for delivery in deliveries if self.joining is None else self.joining.run(deliveries):
                 if delivery.is_last:
                     self.end_of_dataloader, self.remainder = True, delivery.remainder
                 batch = delivery.batch
@@ -238,6 +251,20 @@ class ShardedLoader(LoaderView):
             source.seed = self._seed
 
     # --------------------------------------------------------------- as loaders
+
+    @property
+    def even_batches(self) -> bool:
+        """Whether the last round is completed with samples from the start of the epoch. May be set between epochs."""
+        return self._feed.even_batches
+
+    @even_batches.setter
+    def even_batches(self, even: bool) -> None:
+        self._feed.even_batches = even
+
+    @property
+    def is_shadow(self) -> bool:
+        """Whether this rank has run out in a joined loop: the batch counts nothing. See ``join_uneven_inputs``."""
+        return self.joining is not None and self.joining.is_shadow
 
     @property
     def is_dispatched(self) -> bool:

@@ -47,6 +47,15 @@ class Feed(ABC):
         if isinstance(self.dealt, ShardedBatches):
             self.dealt.start = position
 
+    @property
+    @abstractmethod
+    def even_batches(self) -> bool:
+        """Whether the last round is completed with samples from the start of the epoch."""
+
+    @even_batches.setter
+    @abstractmethod
+    def even_batches(self, even: bool) -> None: ...
+
     @abstractmethod
     def rounds(self, passing: Pass, mark: Mapping[str, Any] | None, skip: int) -> Iterator[Delivery]:
         """This rank's part of each round.
@@ -116,6 +125,16 @@ class OwnFeed(Feed):
         super().__init__(loader, dealt)
         self.per_round = 1 if dealt is None else dealt.per_round
 
+    @property
+    @override
+    def even_batches(self) -> bool:
+        return self.dealt is not None and self.dealt.even_batches
+
+    @even_batches.setter
+    def even_batches(self, even: bool) -> None:
+        if self.dealt is not None:
+            self.dealt.even_batches = even and self.dealt.ranks > 1
+
     @override
     def rounds(self, passing: Pass, mark: Mapping[str, Any] | None, skip: int) -> Iterator[Delivery]:
         reading = Reading(self.loader, mark)
@@ -164,18 +183,31 @@ class SentFeed(Feed):
     ) -> None:
         super().__init__(loader, dealt)
         self._wire = wire
-        self._split, self._even = split_batches, even_batches
+        self._split = split_batches
+        self._even = even_batches
         self._batch_size = batch_size
         self._most = 1 if split_batches else wire.ranks
         self._drop_last = bool(getattr(loader, "drop_last", False))
         self.per_round = self._most * (1 if dealt is None else dealt.per_round)
+
+    @property
+    @override
+    def even_batches(self) -> bool:
+        return self._even
+
+    @even_batches.setter
+    def even_batches(self, even: bool) -> None:
+        self._even = even
 
     @override
     def rounds(self, passing: Pass, mark: Mapping[str, Any] | None, skip: int) -> Iterator[Delivery]:
         return self._lead(passing, mark, skip) if self._wire.rank == 0 else self._follow()
 
     def _follow(self) -> Iterator[Delivery]:
-        while (delivery := self._wire.receive()) is not None:
+        is_end = False
+        while not is_end:
+            delivery = self._wire.receive()
+            is_end = delivery.is_end
             if delivery.has_batch:
                 yield delivery
 
@@ -190,7 +222,10 @@ class SentFeed(Feed):
             if found is None:
                 self._wire.send_end()
                 return
-            yield self._wire.send(*found)
+            delivery = self._wire.send(*found)
+            yield delivery
+            if delivery.is_end:
+                return
 
     def _shares(
         self, passing: Pass, mark: Mapping[str, Any] | None, skip: int

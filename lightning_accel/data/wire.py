@@ -6,7 +6,7 @@ They travel over a group of their own for messages of the host, so that nothing 
 from __future__ import annotations
 
 import weakref
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -44,8 +44,10 @@ class Delivery:
     has_batch: bool
     is_last: bool
     """Whether this rank gets nothing more."""
-    remainder: int
+    remainder: int = -1
     """Of the last round: samples that are no duplicates; -1 if all are, or nobody knows."""
+    is_end: bool = False
+    """Of what rank 0 sends: whether it sends nothing more to anybody."""
 
 
 @dataclass(frozen=True)
@@ -83,15 +85,8 @@ class Wire:
         """
         has_batch = [share is not None for share in shares]
         self._tell(_Round([outline(share) for share in shares], has_batch, is_last, remainder))
-        works = []
-        for rank, share in enumerate(shares):
-            message = _packed(tensors_of(share)) if rank else None
-            if message is not None and message.numel():
-                works.append((dist.isend(message, group=self._group, group_dst=rank), message))
-        for work, _ in works:
-            assert work is not None
-            work.wait()
-        return Delivery(shares[0], has_batch[0], is_last[0], remainder)
+        _send({rank: share for rank, share in enumerate(shares) if rank}, self._group)
+        return Delivery(shares[0], has_batch[0], is_last[0], remainder, all(is_last))
 
     def send_end(self) -> None:
         """Tell that there are no more rounds."""
@@ -101,8 +96,8 @@ class Wire:
         """Tell that rank 0 cannot go on."""
         self._tell(_Round([], [], [], -1, failure=f"{type(error).__name__}: {error}"))
 
-    def receive(self) -> Delivery | None:
-        """This rank's batch of a round; None if there are no more rounds.
+    def receive(self) -> Delivery:
+        """This rank's batch of a round.
 
         Raises:
             RuntimeError: If rank 0 could not load it.
@@ -114,20 +109,52 @@ class Wire:
         if told.failure:
             raise RuntimeError(f"rank 0, which loads the batches of all ranks, has failed: {told.failure}")
         if not told.outlines:
-            return None
-        batch = self._filled(told.outlines[self.rank])
-        return Delivery(batch, told.has_batch[self.rank], told.is_last[self.rank], told.remainder)
-
-    def _filled(self, outlined: Any) -> Any:
-        shapes: list[TensorShape] = []
-        map_leaves(lambda leaf: shapes.append(leaf) if isinstance(leaf, TensorShape) else None, outlined)
-        message = torch.empty(sum(_room(shape.empty()) for shape in shapes), dtype=torch.uint8)
-        if message.numel():
-            dist.recv(message, group=self._group, group_src=0)
-        return filled(outlined, _unpacked(message, shapes))
+            return Delivery(None, False, True, is_end=True)
+        batch = _received(told.outlines[self.rank], 0, self._group)
+        return Delivery(batch, told.has_batch[self.rank], told.is_last[self.rank], told.remainder, all(told.is_last))
 
     def _tell(self, told: _Round) -> None:
         dist.broadcast_object_list([told], group=self._group, group_src=0)
+
+
+def lend(batch: Any, source: int, takers: Sequence[int], group: dist.ProcessGroup) -> Any:
+    """A copy of one rank's batch, for those that take it. All ranks of the group call this.
+
+    Args:
+        batch: On ``source``, the batch.
+        source: The rank that has it.
+        takers: The ranks that want it.
+        group: For messages of the host.
+
+    """
+    rank = dist.get_rank(group)
+    box = [outline(batch) if rank == source else None]
+    dist.broadcast_object_list(box, group=group, group_src=source)
+    if rank == source:
+        _send(dict.fromkeys(takers, batch), group)
+    return _received(box[0], source, group) if rank in takers else None
+
+
+def _send(batches: Mapping[int, Any], group: dist.ProcessGroup) -> None:
+    """Send the tensors of a batch to each of some ranks."""
+    works = []
+    for rank, batch in batches.items():
+        message = _packed(tensors_of(batch))
+        if message.numel():
+            works.append((dist.isend(message, group=group, group_dst=rank), message))
+    for work, _ in works:
+        assert work is not None
+        work.wait()
+
+
+def _received(outlined: Any, source: int, group: dist.ProcessGroup) -> Any:
+    """The batch of an outline, whose tensors a rank sends."""
+    shapes: list[TensorShape] = []
+    map_leaves(lambda leaf: shapes.append(leaf) if isinstance(leaf, TensorShape) else None, outlined)
+    message = torch.empty(sum(_room(shape.empty()) for shape in shapes), dtype=torch.uint8)
+    if message.numel():
+        dist.recv(message, group=group, group_src=source)
+    return filled(outlined, _unpacked(message, shapes))
 
 
 def _room(tensor: Tensor) -> int:
