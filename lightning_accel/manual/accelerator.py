@@ -19,7 +19,7 @@ from torch.utils.data import DataLoader
 
 from lightning_accel.core.clipping import clip_grad_norm
 from lightning_accel.core.registry import engines_of
-from lightning_accel.data import ShardedLoader, prepare_data_loader, set_seed, skip_first_batches
+from lightning_accel.data import ShardedLoader, join_uneven_inputs, prepare_data_loader, skip_first_batches
 from lightning_accel.manual.accumulation import Accumulation
 from lightning_accel.manual.choices import find_strategy, precision_arguments, reject_unknown
 from lightning_accel.manual.clipping import Together, optimizers_of
@@ -31,6 +31,7 @@ from lightning_accel.manual.peers import Peers
 from lightning_accel.manual.processes import Processes
 from lightning_accel.manual.records import Records
 from lightning_accel.manual.scheduler import PreparedScheduler
+from lightning_accel.manual.seeding import set_seed
 from lightning_accel.manual.states import Prepared, States
 from lightning_accel.manual.tracking import Trackers
 from lightning_accel.manual.watching import LoaderWatch
@@ -521,14 +522,21 @@ class Accelerator(Processes, Records):
     def join_uneven_inputs(
         self, joinables: Sequence[Any], even_batches: bool | None = None
     ) -> AbstractContextManager[Any]:
-        """Within it, ranks may have different numbers of batches: who has none left helps the others, without waiting.
+        """Within it, ranks may have different numbers of batches. All ranks enter it together.
+
+        Who has none left goes on with its last batch, on which gradients count as zeros; gradients are the mean over
+        the ranks that have some.
 
         Args:
             joinables: The prepared models that are trained.
-            even_batches: Another setting for the prepared loaders within it.
+            even_batches: Another setting for the prepared loaders, within it.
+
+        Raises:
+            ValueError: If a model was not prepared.
 
         """
-        raise NotImplementedError
+        engines = [self._engine_of(model).engine for model in joinables]
+        return join_uneven_inputs(engines, self._prepared.loaders, even_batches=even_batches)
 
 
 def _kind_of(entry: Any) -> str | None:
