@@ -28,7 +28,6 @@ from lightning_accel.manual.environment import flag as flag_of
 from lightning_accel.manual.environment import number as number_of
 from lightning_accel.manual.optimizer import PreparedOptimizer
 from lightning_accel.manual.peers import Peers
-from lightning_accel.manual.processes import Processes
 from lightning_accel.manual.records import Records
 from lightning_accel.manual.scheduler import PreparedScheduler
 from lightning_accel.manual.seeding import set_seed
@@ -39,7 +38,7 @@ from lightning_accel.strategies.engine_module import EngineModule
 from lightning_accel.strategies.fabric import AccelFabricStrategy
 
 
-class Accelerator(Processes, Records):
+class Accelerator(Records):
     """A manual training loop on any number of ranks.
 
     It starts no processes. Which rank this is comes from the environment, which ``accel launch`` and ``torchrun`` set;

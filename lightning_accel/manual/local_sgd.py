@@ -24,7 +24,6 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from lightning_accel.core import Engine
 from lightning_accel.core.placement import Rest
 from lightning_accel.plugins.precision import engine_optimizer
 
@@ -81,9 +80,7 @@ class LocalSGD:
 
     def __enter__(self) -> LocalSGD:
         if self.enabled:
-            alone = dist.new_group([dist.get_rank()], use_local_synchronization=True, backend="gloo")
-            optimizers = self._released()
-            self._adopt(Engine(self._module.module, self._module.engine.row, group=alone), optimizers)
+            self._adopt(self._released(), dist.new_group([dist.get_rank()], use_local_synchronization=True))
         return self
 
     def __exit__(
@@ -98,10 +95,7 @@ class LocalSGD:
             assert added is not None
             added.give_up()
             self._average_state(optimizer)
-        strategy = self._accelerator._strategy
-        device = self._accelerator.device
-        engine = strategy._options.start(self._module.module, strategy.row, device, strategy.precision)
-        self._adopt(engine, optimizers)
+        self._adopt(optimizers, None)
 
     def step(self) -> None:
         """Call after each ``optimizer.step()``. While gradients accumulate nothing happens."""
@@ -117,12 +111,15 @@ class LocalSGD:
         self._module.engine.close()
         return optimizers
 
-    def _adopt(self, engine: Engine, optimizers: list[Optimizer]) -> None:
+    def _adopt(self, optimizers: list[Optimizer], group: dist.ProcessGroup | None) -> None:
+        """Have another engine train the model."""
+        strategy, device = self._accelerator._strategy, self._accelerator.device
+        engine = strategy._options.start(self._module.module, strategy.row, device, strategy.precision, group)
         for optimizer in optimizers:
             engine.add_optimizer(optimizer)
         engine.build()
         self._module.engine = engine
-        self._accelerator._strategy._engines.append(weakref.ref(engine))
+        strategy._engines.append(weakref.ref(engine))
 
     def _average(self) -> None:
         engine = self._module.engine

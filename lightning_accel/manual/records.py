@@ -11,7 +11,7 @@ from lightning.fabric.utilities.types import _PATH
 from torch import nn
 
 from lightning_accel.manual.model_files import save_model, save_object
-from lightning_accel.manual.peers import Peers
+from lightning_accel.manual.processes import Processes
 from lightning_accel.manual.profiling import profiled
 from lightning_accel.manual.states import Prepared, States, require_stateful
 from lightning_accel.manual.tracking import Trackers
@@ -19,13 +19,9 @@ from lightning_accel.strategies.engine_module import EngineModule
 from lightning_accel.strategies.fabric import AccelFabricStrategy
 
 
-class Records:
-    """Base of ``Accelerator``, which sets the attributes and knows the processes."""
+class Records(Processes):
+    """Base of ``Accelerator``, which sets the attributes."""
 
-    device: Any
-    process_index: Any
-    is_main_process: Any
-    _peers: Peers
     _prepared: Prepared
     _states: States
     _strategy: AccelFabricStrategy
