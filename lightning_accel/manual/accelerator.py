@@ -482,17 +482,19 @@ class Accelerator(Records):
             return None
         optimizers = optimizers_of(parameters, self._prepared.optimizers)
         self.unscale_gradients(optimizers)
-        added = [optimizer.added for optimizer in optimizers]
-        if len(added) == 1:
-            return added[0].engine.clip_grad_norm_(added[0].optimizer, max_norm, norm_type, error_if_nonfinite)
+        if len(optimizers) == 1:
+            (only,) = optimizers
+            return only.added.engine.clip_grad_norm_(only.optimizer, max_norm, norm_type, error_if_nonfinite)
+        together = Together(optimizers)
         return clip_grad_norm(
-            Together(optimizers),
+            together,
             float(max_norm),
             float(norm_type),
             error_if_nonfinite,
             False,  # norms of all ranks' parts are what it is given
             self._prepared.engines[0].engine.mesh.shard,
-            skipped=any(one.overflowed for one in added),
+            together.dtype,
+            skipped=any(optimizer.added.overflowed for optimizer in optimizers),
         )
 
     def clip_grad_value_(self, parameters: Any, clip_value: float) -> None:

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Iterable, Sequence
 
+import torch
 from torch import Tensor, nn
 from typing_extensions import override
 
@@ -21,6 +23,8 @@ class Together(Gradients):
 
     def __init__(self, optimizers: Sequence[PreparedOptimizer]) -> None:
         self._all = [optimizer.added for optimizer in optimizers]
+        self.dtype = functools.reduce(torch.promote_types, [added.norm_dtype for added in self._all], torch.float32)
+        """Of their norm."""
 
     @override
     def tensors(self) -> list[Tensor]:
@@ -29,7 +33,7 @@ class Together(Gradients):
     @override
     def norms(self, norm_type: float) -> list[Tensor]:
         """One for each optimizer: of its gradients on all ranks, which take part."""
-        return [added.engine.grad_norm(added.optimizer, norm_type) for added in self._all]
+        return [added.engine.grad_norm(added.optimizer, norm_type).to(self.dtype) for added in self._all]
 
     @override
     def multiply(self, factor: float) -> None:

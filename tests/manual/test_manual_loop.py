@@ -97,9 +97,17 @@ def test_several_models_are_clipped_as_one(ranks2: Ranks, row: str) -> None:
         assert_close(result, expected)
 
 
-def train_overflowing(row: str) -> list[tuple[bool, float, float]]:
-    """Whether each step was skipped, the rate after it and the norm; the second loss is infinite on rank 0."""
+def set_scale(accelerator: Accelerator, scale: float) -> None:
+    """One with which this small model has no overflow, where none is made on purpose."""
+    scaler = accelerator.fabric.strategy.grad_scaler
+    if scaler is not None:
+        scaler.update(scale)
+
+
+def train_overflowing(row: str) -> list[tuple[bool, float]]:
+    """Whether each step was skipped, and the rate after it; the second loss is infinite on rank 0."""
     accelerator = Accelerator(strategy=row, mixed_precision="fp16", cpu=True)
+    set_scale(accelerator, 64.0)
     net = Net(dtype=torch.float32)
     optimizer = torch.optim.SGD(net.parameters(), lr=1.0)
     scheduler: Any = torch.optim.lr_scheduler.ExponentialLR(optimizer, 0.5)
@@ -128,6 +136,7 @@ def clip_scaled(row: str) -> tuple[float, float]:
     norms = []
     for precision in ("no", "fp16"):
         accelerator = Accelerator(strategy=row, mixed_precision=precision, cpu=True)
+        set_scale(accelerator, 64.0)
         net = Net(dtype=torch.float32)
         model, _ = accelerator.prepare(net, torch.optim.SGD(net.parameters(), lr=1.0))
         accelerator.backward(model(torch.ones(2, 5)).square().mean())

@@ -79,8 +79,8 @@ class Steps:
 
 def scheduled(name: str, times: int, **arguments: Any) -> tuple[PreparedScheduler, Accumulation, Any, Any]:
     optimizer = torch.optim.SGD(nn.Linear(1, 1).parameters(), lr=1.0)
-    optimizer.step()
     scheduler = getattr(torch.optim.lr_scheduler, name)(optimizer, **arguments)
+    optimizer.step()
     accumulation, steps = Accumulation(1), Steps()
     follows = PreparedScheduler(scheduler, [steps], accumulation, times=times, with_optimizer=True)  # type: ignore[list-item]
     return follows, accumulation, steps, optimizer
