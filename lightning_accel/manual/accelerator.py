@@ -249,7 +249,7 @@ class Accelerator(Records):
                 f"Expected the parameters of {name} to belong to one prepared model, got those of {len(owners)}. Make"
                 " an optimizer for each, or prepare the models as one: torch.nn.ModuleDict({...})."
             )
-        inner = self.fabric.setup_optimizers(optimizer)
+        inner: Any = self.fabric.setup_optimizers(optimizer)
         prepared = PreparedOptimizer(inner.optimizer, self._strategy, self._accumulation)
         self._prepared.optimizers.append(prepared)
         return prepared  # type: ignore[return-value]

@@ -178,7 +178,7 @@ class GivenRanks(ClusterEnvironment):
     @override
     def set_global_rank(self, rank: int) -> None:
         assert rank == self.ranks.rank
-        rank_zero_only.rank = rank
+        rank_zero_only.rank = rank  # type: ignore[attr-defined]
 
     @override
     def local_rank(self) -> int:

@@ -27,6 +27,7 @@ class PreparedOptimizer(_FabricOptimizer):
 
     def __init__(self, optimizer: Optimizer, strategy: AccelFabricStrategy, accumulation: Accumulation) -> None:
         super().__init__(optimizer, strategy)
+        self._strategy: AccelFabricStrategy = strategy
         self._accumulation = accumulation
         self._settled: int | None = None  # the window whose gradients are multiplied already
         self._stepped: int | None = None  # the window that was stepped with last
