@@ -90,7 +90,7 @@ def sent_and_read(lengths: list[int]) -> list[str]:
 
 @pytest.mark.parametrize("world", [2, pytest.param(3, marks=pytest.mark.matrix)], indirect=True)
 def test_what_is_sent_is_what_each_rank_would_have_read(world: Ranks) -> None:
-    lengths = [0, 1, 5, 6, 11, 12, 13, 25] if world.world_size == 2 else list(range(40))
+    lengths = [0, 1, 12, 14] if world.world_size == 2 else list(range(40))
     for wrong in world.run(sent_and_read, lengths):
         assert wrong == []
 
