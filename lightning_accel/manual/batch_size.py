@@ -65,8 +65,8 @@ def find_executable_batch_size(
         what the next call begins with.
 
     Raises:
-        RuntimeError: When called, if no size is left to try, another rank has failed for another reason, or ranks cannot
-            go on together.
+        RuntimeError: When called, if no size is left to try, another rank has failed for another reason, or ranks
+            cannot go on together.
         TypeError: When called with too many arguments, such as a batch size.
 
     Example::
@@ -100,9 +100,14 @@ def find_executable_batch_size(
             ) from None
         while size > 0:
             _free_memory()
+            before = {id(engine) for engine in open_engines()}
             outcome = _attempt(wanted, size, args, kwargs)
             if not _ran_out(outcome, size):
                 return outcome.result
+            for engine in open_engines():
+                if id(engine) not in before:  # also where memory was enough: its ranks train it together or not at all
+                    engine.close(abandon=True)
+            del outcome
             size = int(size * 0.9) if reduce_batch_size_fn is None else reduce_batch_size_fn()
         raise RuntimeError(
             f"Expected some batch size from {starting_batch_size} down to 1 to fit into memory, but none did. Use a"
@@ -134,13 +139,9 @@ class _Outcome:
 
 
 def _attempt(function: Callable[..., Any], size: int, args: Any, kwargs: Any) -> _Outcome:
-    before = {id(engine) for engine in open_engines()}
     try:
         return _Outcome(function(size, *args, **kwargs))
     except Exception as error:
-        for engine in open_engines():
-            if id(engine) not in before:  # its other ranks may be waiting for this one
-                engine.close(abandon=True)
         traceback.clear_frames(error.__traceback__)  # they keep what took the memory
         return _Outcome(error=error)
 
