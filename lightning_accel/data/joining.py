@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Generator, Iterable, Iterator, Sequence
-from contextlib import AbstractContextManager
 from typing import Any
 
 import torch
@@ -33,20 +32,35 @@ class Joining:
 
     Args:
         models: What is trained with these batches: engines, or modules that have some.
-        group: The ranks. All of them make it together.
+        group: The ranks. A process group need not be there before the first batch; without one this process is alone.
 
     """
 
     def __init__(self, models: Sequence[nn.Module | Engine] = (), group: dist.ProcessGroup | None = None) -> None:
-        self._models = list(models)
-        self._group = host_group(group)
-        self.ranks = dist.get_world_size(self._group)
+        self.models = list(models)
+        """What is trained; looked at when a loop begins."""
+        self._whole = group
+        self._group: dist.ProcessGroup | None = None
         self.is_shadow = False
         """Whether the batch that was handed out stands in for one that is not there, and counts nothing."""
 
-    def add(self, models: Iterable[nn.Module | Engine]) -> None:
-        """Have more models trained with these batches."""
-        self._models += [model for model in models if not any(model is known for known in self._models)]
+    @property
+    def ranks(self) -> int:
+        """How many ranks there are."""
+        return dist.get_world_size(self._whole) if dist.is_available() and dist.is_initialized() else 1
+
+    def gather(self, value: Any) -> list[Any]:
+        """A small object of every rank, by rank."""
+        if self.ranks == 1:
+            return [value]
+        everyone: list[Any] = [None] * self.ranks
+        dist.all_gather_object(everyone, value, group=self._connected())
+        return everyone
+
+    def _connected(self) -> dist.ProcessGroup:
+        if self._group is None:
+            self._group = host_group(self._whole)
+        return self._group
 
     def run(self, deliveries: Iterator[Delivery]) -> Generator[Delivery, None, None]:
         """This rank's batches, and others in their place until all ranks have come to their last.
@@ -55,7 +69,7 @@ class Joining:
             RuntimeError: If another rank has failed, or does not come.
 
         """
-        engines = [engine for model in self._models for engine in _engines(model)]
+        engines = [engine for model in self.models for engine in _engines(model)]
         kept: Any = None
         is_first = True
         try:
@@ -75,7 +89,7 @@ class Joining:
                     kept = delivery.batch
                 if is_first and len(active) < self.ranks:
                     takers = [rank for rank in range(self.ranks) if rank not in active]
-                    lent = lend(kept, active[0], takers, self._group)
+                    lent = lend(kept, active[0], takers, self._connected())
                     kept = kept if delivery is not None else lent
                 is_first = False
                 self.is_shadow = delivery is None
@@ -99,10 +113,12 @@ class Joining:
             raise
 
     def _tell(self, code: int) -> list[int]:
+        if self.ranks == 1:
+            return [code]
         mine = torch.tensor([code])
         everyone = [torch.zeros_like(mine) for _ in range(self.ranks)]
         try:
-            dist.all_gather(everyone, mine, group=self._group)
+            dist.all_gather(everyone, mine, group=self._connected())
         except RuntimeError as error:
             raise RuntimeError(
                 "Expected all ranks to go through a joined loop to its end, but some did not come for their next batch,"
@@ -124,12 +140,25 @@ class JoinedLoader:
         self.loader = loader
         """This rank's own."""
         self.joining = joining
-        self._length = _longest(loader, joining)
+        self._length: int | None = None
+        self._is_measured = False
+        if joining.ranks > 1:
+            self.measure()
 
     @property
     def is_shadow(self) -> bool:
         """Whether the batch that was handed out stands in for one that is not there, and counts nothing."""
         return self.joining.is_shadow
+
+    def measure(self) -> None:
+        """Find out how long it is. All ranks call this together; it is done at once if there is a process group."""
+        try:
+            own = len(self.loader)  # type: ignore[arg-type]
+        except TypeError:
+            own = None
+        everyone = self.joining.gather(own)
+        self._length = None if None in everyone else max(everyone)
+        self._is_measured = True
 
     def __len__(self) -> int:
         """Batches of the rank that has most.
@@ -138,6 +167,8 @@ class JoinedLoader:
             TypeError: If any rank does not know.
 
         """
+        if not self._is_measured:
+            self.measure()
         if self._length is None:
             raise TypeError("Expected a joined loader's length to be known on all ranks, but some rank's has none.")
         return self._length
@@ -145,7 +176,7 @@ class JoinedLoader:
     def __iter__(self) -> Iterator[Any]:
         loader = self.loader
         if isinstance(loader, ShardedLoader):
-            with _joining(loader, self.joining):
+            with _set(loader, "joining", self.joining):
                 yield from loader
             return
         for delivery in self.joining.run(_deliveries(loader)):
@@ -205,22 +236,12 @@ def join_uneven_inputs(
     """
     _require_engines(models)
     with contextlib.ExitStack() as stack:
-        if dist.is_initialized() and dist.get_world_size(group) > 1:
-            joining = Joining(models, group)
-            for loader in loaders:
-                stack.enter_context(_joining(loader, joining))
-        if even_batches is not None:
-            for loader in loaders:
-                stack.enter_context(_even(loader, even_batches))
+        joining = Joining(models, group)
+        for loader in loaders:
+            stack.enter_context(_set(loader, "joining", joining))
+            if even_batches is not None:
+                stack.enter_context(_set(loader, "even_batches", even_batches))
         yield
-
-
-def _joining(loader: ShardedLoader, joining: Joining) -> AbstractContextManager[None]:
-    return _set(loader, "joining", joining)
-
-
-def _even(loader: ShardedLoader, even_batches: bool) -> AbstractContextManager[None]:
-    return _set(loader, "even_batches", even_batches)
 
 
 @contextlib.contextmanager
@@ -242,16 +263,6 @@ def _deliveries(loader: Iterable[Any]) -> Iterator[Delivery]:
         following = next(iterator, end)
         yield Delivery(batch, True, following is end, -1)
         batch = following
-
-
-def _longest(loader: Iterable[Any], joining: Joining) -> int | None:
-    try:
-        own = len(loader)  # type: ignore[arg-type]
-    except TypeError:
-        own = None
-    everyone: list[Any] = [None] * joining.ranks
-    dist.all_gather_object(everyone, own, group=joining._group)
-    return None if None in everyone else max(everyone)
 
 
 def _engines(model: nn.Module | Engine) -> list[Engine]:

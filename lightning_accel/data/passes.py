@@ -11,6 +11,7 @@ from typing import Any
 from torch.utils.data import DataLoader, IterableDataset
 from typing_extensions import override
 
+from lightning_accel.core import rng
 from lightning_accel.data.batches import joined_samples, samples, samples_of
 from lightning_accel.data.dealing import ShardedBatches, ShardedStream
 from lightning_accel.data.reading import Reading
@@ -232,12 +233,10 @@ class SentFeed(Feed):
     ) -> Iterator[tuple[list[Any], list[bool], int]]:
         """Each rank's part of each round (None: nothing), whose last it is, samples that are no duplicates."""
         ranks, most = self._wire.ranks, self._most
-        reading = Reading(self.loader, mark, ahead=most)
+        reading = Reading(self.loader, mark, ahead=most, keeps_head=passing.began == 0)
         deque(islice(reading, skip * most), maxlen=0)
-        first: list[Any] = []
         for batches, following in _rounds(reading, passing, most, drop_last=self._drop_last):
-            first = first or batches
-            shares, real = self._dealt(batches, first, is_last=not following)
+            shares, real = self._dealt(batches, reading, is_last=not following)
             last = [not following] * ranks
             if following and not self._even:
                 last = [rank >= self._served(following) for rank in range(ranks)]
@@ -256,14 +255,22 @@ class SentFeed(Feed):
         assert self._batch_size is not None
         return self._batch_size * self._most // self._wire.ranks
 
-    def _dealt(self, batches: list[Any], first: list[Any], *, is_last: bool) -> tuple[list[Any], int]:
+    def _first(self, reading: Reading) -> list[Any]:
+        """The first batches of the epoch. They are loaded again if it was not begun with them."""
+        if reading.head is not None:
+            return reading.head
+        self.start_at(0)
+        with rng.Stream().drawn_from():
+            return list(islice(self.loader, self._most))
+
+    def _dealt(self, batches: list[Any], reading: Reading, *, is_last: bool) -> tuple[list[Any], int]:
         """Each rank's part of a round, and how many of its samples are no duplicates; -1 if all are."""
         ranks, most, size = self._wire.ranks, self._most, self._batch_size
         if not self._split and (not is_last or (size is None and len(batches) == most)):
             return batches, -1
         real = sum(map(samples_of, batches))
         if size is None:  # whole batches, whatever their size
-            more = cycle(first if self._even else [None])
+            more = cycle(self._first(reading) if self._even else [None])
             return [*batches, *islice(more, most - len(batches))], real
         missing = size * most - real
         if not missing:
@@ -276,7 +283,7 @@ class SentFeed(Feed):
         if not self._split and (not missing or not self._even):
             return [*batches, *[None] * (most - len(batches))], real
         if missing and self._even:
-            start = joined_samples(first)
+            start = joined_samples(self._first(reading))
             whole, rest = divmod(missing, samples_of(start))
             batches = [*batches, *[start] * whole, *([samples(start, 0, rest)] if rest else [])]
         everything = joined_samples(batches)

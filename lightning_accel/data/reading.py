@@ -13,7 +13,6 @@ is not.
 
 from __future__ import annotations
 
-from collections import deque
 from collections.abc import Iterator, Mapping
 from itertools import islice
 from typing import Any
@@ -37,12 +36,22 @@ class Reading(Iterator[Any]):
         loader: The loader; its batch sampler begins with the batches that are to come.
         mark: Where another pass was, to go on from.
         ahead: How many batches are drawn after a mark before that is looked at.
+        keeps_head: Keep as many from the start of the epoch.
 
     """
 
-    def __init__(self, loader: DataLoader[Any], mark: Mapping[str, Any] | None = None, ahead: int = 1) -> None:
+    def __init__(
+        self,
+        loader: DataLoader[Any],
+        mark: Mapping[str, Any] | None = None,
+        ahead: int = 1,
+        *,
+        keeps_head: bool = False,
+    ) -> None:
         self._loader = loader
         self._ahead = ahead
+        self.head: list[Any] | None = [] if keeps_head else None
+        """The first batches of the epoch; None if they are not kept, or were not loaded."""
         self._again = 0  # batches that are yet to be drawn with the random numbers of the first time
         self._sources = generators_of(loader)
         self._stream: rng.Stream | None = None
@@ -61,10 +70,14 @@ class Reading(Iterator[Any]):
             if keeps_place(loader) and mark["state"] is not None:
                 loader.load_state_dict(mark["state"])  # type: ignore[attr-defined]
                 self._inner = iter(loader)
+                self.head = None
             else:
                 self._inner = iter(loader)
                 if isinstance(loader.dataset, IterableDataset):
-                    deque(islice(self._inner, self.drawn), maxlen=0)
+                    for batch in islice(self._inner, self.drawn):
+                        self._keep(batch)
+                else:
+                    self.head = None
         set_generators(loader, mark["generators_now"])
         if mark["now"] is not None:
             self._stream = rng.Stream(mark["now"])
@@ -92,7 +105,12 @@ class Reading(Iterator[Any]):
         else:
             batch = next(self._inner)
         self.drawn += 1
+        self._keep(batch)
         return batch
+
+    def _keep(self, batch: Any) -> None:
+        if self.head is not None and len(self.head) < self._ahead:
+            self.head.append(batch)
 
     def _states(self) -> list[Any]:
         return [rng.generator_state(source) for source in self._sources]

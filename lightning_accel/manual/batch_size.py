@@ -51,7 +51,8 @@ def find_executable_batch_size(
     """Call a function with smaller and smaller batch sizes, until none of the ranks runs out of memory.
 
     Whoever runs out, all ranks try the next size: they compare notes after every try. Memory is freed in between, that
-    of engines included, so models belong inside of the function.
+    of engines included, so models belong inside of the function. A rank that runs out while others wait for it in a
+    collective is an error on all, when the process group's timeout has passed: they cannot be called back.
 
     Args:
         function: Gets the batch size as its first argument, and then what it is called with. All ranks call it.
@@ -64,7 +65,8 @@ def find_executable_batch_size(
         what the next call begins with.
 
     Raises:
-        RuntimeError: When called, if no size is left to try, or another rank has failed for another reason.
+        RuntimeError: When called, if no size is left to try, another rank has failed for another reason, or ranks
+            cannot go on together.
         TypeError: When called with too many arguments, such as a batch size.
 
     Example::
@@ -98,9 +100,14 @@ def find_executable_batch_size(
             ) from None
         while size > 0:
             _free_memory()
+            before = {id(engine) for engine in open_engines()}
             outcome = _attempt(wanted, size, args, kwargs)
-            if not _ran_out(outcome):
+            if not _ran_out(outcome, size):
                 return outcome.result
+            for engine in open_engines():
+                if id(engine) not in before:  # also where memory was enough: its ranks train it together or not at all
+                    engine.close(abandon=True)
+            del outcome
             size = int(size * 0.9) if reduce_batch_size_fn is None else reduce_batch_size_fn()
         raise RuntimeError(
             f"Expected some batch size from {starting_batch_size} down to 1 to fit into memory, but none did. Use a"
@@ -132,37 +139,52 @@ class _Outcome:
 
 
 def _attempt(function: Callable[..., Any], size: int, args: Any, kwargs: Any) -> _Outcome:
-    before = {id(engine) for engine in open_engines()}
     try:
         return _Outcome(function(size, *args, **kwargs))
     except Exception as error:
-        for engine in open_engines():
-            if id(engine) not in before:  # its other ranks may be waiting for this one
-                engine.close(abandon=True)
         traceback.clear_frames(error.__traceback__)  # they keep what took the memory
         return _Outcome(error=error)
 
 
-def _ran_out(outcome: _Outcome) -> bool:
+def _ran_out(outcome: _Outcome, size: int) -> bool:
     """Whether any rank ran out of memory. All ranks call this after each try.
 
     Raises:
         Exception: What this rank has raised, if none did.
-        RuntimeError: If another rank has failed, and none ran out of memory.
+        RuntimeError: If another rank has failed, and none ran out of memory; or if some did while others waited for
+            them, so that what connects the ranks is broken.
 
     """
-    everyone: list[Any] = [outcome.told]
-    if dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1:
-        everyone = everyone * dist.get_world_size()
-        dist.all_gather_object(everyone, outcome.told, group=host_group(None))
-    if any(ran_out for ran_out, _ in everyone):
-        return True
-    if outcome.error is not None:
+    everyone = _gathered(outcome, size)
+    out = [rank for rank, (ran_out, _) in enumerate(everyone) if ran_out]
+    failed = [rank for rank, (ran_out, failure) in enumerate(everyone) if failure and not ran_out]
+    if out and failed:
+        raise RuntimeError(
+            f"Expected ranks to run out of memory where no other waits for them. With a batch size of {size} rank"
+            f" {out[0]} did while rank {failed[0]} was in a collective, which has failed ({everyone[failed[0]][1]})."
+            " Ranks cannot be connected again within a process: start again with a smaller starting_batch_size."
+        ) from outcome.error
+    if outcome.error is not None and not out:
         raise outcome.error
-    for rank, (_, failure) in enumerate(everyone):
-        if failure:
-            raise RuntimeError(f"rank {rank} has failed: {failure}")
-    return False
+    if failed:
+        raise RuntimeError(f"rank {failed[0]} has failed: {everyone[failed[0]][1]}")
+    return bool(out)
+
+
+def _gathered(outcome: _Outcome, size: int) -> list[tuple[bool, str]]:
+    """What became of the try on every rank."""
+    if not (dist.is_available() and dist.is_initialized()) or dist.get_world_size() == 1:
+        return [outcome.told]
+    everyone: list[Any] = [None] * dist.get_world_size()
+    try:
+        dist.all_gather_object(everyone, outcome.told, group=host_group(None))
+    except RuntimeError as error:
+        raise RuntimeError(
+            f"Expected all ranks to come to the end of a try with a batch size of {size}, but some did not: here it"
+            f" ended with {outcome.told[1] or 'success'}. If memory has run out on one of them, start again with a"
+            " smaller starting_batch_size."
+        ) from (outcome.error or error)
+    return everyone
 
 
 def _free_memory() -> None:
