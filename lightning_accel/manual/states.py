@@ -164,6 +164,7 @@ class States:
                 "Expected output_dir for save_state() without a project_dir. Pass one of them: save_state('path') or"
                 " Accelerator(project_dir='path')."
             )
+        self._strategy._checkpoints.finish()  # what is being written has its name when it is complete
         found = _numbered(self._folder)
         (number,) = self._peers.broadcast_objects([max(found, default=-1) + 1], 0)
         return self._folder / f"checkpoint_{number}"
@@ -195,6 +196,7 @@ class States:
         return source
 
     def _latest(self) -> Path:
+        self._strategy._checkpoints.finish()
         found = {} if self._folder is None else _numbered(self._folder)
         (number,) = self._peers.broadcast_objects([max(found, default=-1)], 0)
         if self._folder is None or number < 0:

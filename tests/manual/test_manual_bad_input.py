@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable
 from typing import Any
 
@@ -168,3 +169,18 @@ def test_names() -> None:
     strategy = twins.AccelZeROStrategy(stage=1)
     assert find_strategy(strategy) is strategy
     assert precision_arguments("fp16") == {"precision": "16-mixed"}
+
+
+def arguments_of_the_launcher() -> list[Any]:
+    os.environ |= {"ACCEL_STRATEGY": "zero1", "ACCEL_MIXED_PRECISION": "bf16", "ACCEL_CPU": "true"}
+    os.environ["ACCEL_GRADIENT_ACCUMULATION_STEPS"] = "3"
+    told, asked = Accelerator(), Accelerator(strategy="fsdp", mixed_precision="no", gradient_accumulation_steps=2)
+    return [
+        (one.fabric.strategy.row.name, one.mixed_precision, one.gradient_accumulation_steps, one.device.type)
+        for one in (told, asked)
+    ]
+
+
+@pytest.mark.parametrize("world", [1], indirect=True)
+def test_arguments_take_precedence_over_the_launcher(world: Ranks) -> None:
+    assert world.run(arguments_of_the_launcher)[0] == [("zero1", "bf16", 3, "cpu"), ("fsdp", "no", 2, "cpu")]

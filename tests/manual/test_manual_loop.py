@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 import torch
 from loops import MAX_NORM, ROWS, batches_of, new_optimizer, plain, train
-from models import FLOAT64, Net, assert_close, values
+from models import FLOAT64, Net, Samples, assert_close, values
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
@@ -209,3 +209,55 @@ def test_learning_rates(ranks2: Ranks, row: str, arguments: dict[str, Any], expe
     """Of five micro-batches, two to a window, on two ranks: windows end with the second, the fourth and the fifth."""
     for rates in ranks2.run(learning_rates, row, arguments):
         assert rates == expected
+
+
+def schedule_of_prepared(row: str) -> list[float]:
+    """A schedule that was made from the optimizer that prepare has returned, and a compiled model."""
+    accelerator = Accelerator(strategy=row, gradient_accumulation_steps=2, cpu=True)
+    net = torch.compile(Net(), backend="eager")
+    model, optimizer = accelerator.prepare(net, torch.optim.SGD(net.parameters(), lr=1.0))
+    scheduler = accelerator.prepare(torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: 0.5**step))
+    rates = []
+    for _ in range(4):
+        with accelerator.accumulate():
+            accelerator.backward(model(torch.ones(1, 5, dtype=torch.float64)).mean())
+            optimizer.step()
+            scheduler.step()
+            optimizer.zero_grad()
+        rates += scheduler.get_last_lr()
+    return rates
+
+
+@pytest.mark.parametrize("row", everyday(ROWS))
+def test_a_schedule_made_after_prepare(ranks2: Ranks, row: str) -> None:
+    assert ranks2.run(schedule_of_prepared, row) == [[1, 0.25, 0.25, 0.0625]] * 2
+
+
+def train_uneven(row: str) -> tuple[dict[str, Tensor], int]:
+    """Rank 0 has three batches, rank 1 two; the plain mean over those that are there."""
+    accelerator = Accelerator(strategy=row, cpu=True, even_batches=False)
+    net = Net()
+    loader: Any = DataLoader(Samples(20), batch_size=4)
+    model, optimizer, loader = accelerator.prepare(net, torch.optim.SGD(net.parameters(), lr=0.1), loader)
+    steps = 0
+    with accelerator.join_uneven_inputs([model]):
+        for _, x, y in loader:
+            accelerator.backward(nn.functional.mse_loss(model(x), y))
+            optimizer.step()
+            optimizer.zero_grad()
+            steps += 1
+    return values(net), steps
+
+
+@pytest.mark.parametrize("row", everyday(ROWS))
+def test_uneven_inputs(ranks2: Ranks, row: str) -> None:
+    net = Net()
+    optimizer = torch.optim.SGD(net.parameters(), lr=0.1)
+    data = Samples(20)
+    for start, stop in ((0, 8), (8, 16), (16, 20)):
+        nn.functional.mse_loss(net(data.x[start:stop]), data.y[start:stop]).backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    for result, steps in ranks2.run(train_uneven, row):
+        assert steps == 3
+        assert_close(result, dict(net.named_parameters()))

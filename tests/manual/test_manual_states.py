@@ -14,7 +14,7 @@ from torch.utils.data import DataLoader
 
 from harness import Ranks
 from lightning_accel import Accelerator
-from lightning_accel.strategies.fabric import AccelDDPStrategy
+from lightning_accel.strategies.fabric import AccelDDPStrategy, AccelZeROStrategy
 from rows import everyday
 
 STOP = 2
@@ -124,22 +124,28 @@ def test_another_row_and_number_of_ranks(ranks2: Ranks, ranks3: Ranks, row: str,
         assert count == STOP
 
 
-def numbered(folder: str) -> list[Any]:
-    run = Run("zero2", project_dir=folder, checkpoints_total_limit=2)
+def numbered(folder: str, in_background: bool) -> list[Any]:
+    def new_run() -> Run:
+        strategy = AccelZeROStrategy(stage=2, async_save=in_background)
+        return Run(strategy, project_dir=folder, checkpoints_total_limit=2)
+
+    run = new_run()
     paths = [run.accelerator.save_state() for _ in range(2)]
-    again = Run("zero2", project_dir=folder, checkpoints_total_limit=2)
+    run.accelerator.end_training()
+    again = new_run()
     again.counter.count = 7
     paths.append(again.accelerator.save_state())
-    again.accelerator.wait_for_everyone()
-    last = Run("zero2", project_dir=folder)
+    again.accelerator.end_training()
+    last = new_run()
     loaded = last.accelerator.load_state()
     return [Path(path).name for path in [*paths, loaded]] + [last.counter.count]
 
 
-def test_numbered_checkpoints(ranks2: Ranks, tmp_path: Path) -> None:
+@pytest.mark.parametrize("in_background", [False, True])
+def test_numbered_checkpoints(ranks2: Ranks, in_background: bool, tmp_path: Path) -> None:
     """A run that goes on writes over nothing, and the oldest are removed."""
     expected = ["checkpoint_0", "checkpoint_1", "checkpoint_2", "checkpoint_2", 7]
-    assert ranks2.run(numbered, str(tmp_path)) == [expected] * 2
+    assert ranks2.run(numbered, str(tmp_path), in_background) == [expected] * 2
     assert sorted(entry.name for entry in (tmp_path / "checkpoints").iterdir()) == ["checkpoint_1", "checkpoint_2"]
 
 
