@@ -211,7 +211,7 @@ class ShardedLoader(LoaderView):
             "epoch": passing.epoch,
             "began": passing.began,
             "position": passing.position,
-            "mark": passing.mark,
+            "mark": None if passing.mark is None else passing.mark(),
         }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections import deque
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from itertools import cycle, islice
 from typing import Any
 
@@ -92,8 +92,8 @@ class Pass:
         self._feed = feed
         self._from, self._skip = mark, skip
         self.epoch, self.began, self.position = epoch, began, position
-        self.mark: Mapping[str, Any] | None = mark
-        """Where the feed was after the batches that were handed out."""
+        self.mark: Callable[[], Mapping[str, Any]] | None = None if mark is None else lambda: mark
+        """What returns where the feed was after the batches that were handed out."""
 
     def __iter__(self) -> Iterator[Delivery]:
         for delivery in self._feed.rounds(self, self._from, self._skip):

@@ -91,9 +91,15 @@ def prepare_data_loader(
         if not (takes_in_order(source) and is_steady(source.sampler)) and not is_steady(source):
             steady = Alike(seed)
             shuffled.append(steady)
-        mine = {"rank": 0, "ranks": 1} if sent else {"rank": rank, "ranks": ranks, **dealing}
         dealt = ShardedBatches(
-            source, takes_in_order=batched and takes_in_order(source), batched=batched, steady=steady, **mine
+            source,
+            rank=0 if sent else rank,
+            ranks=1 if sent else ranks,
+            split_batches=split_batches and not sent,
+            even_batches=even_batches,
+            takes_in_order=batched and takes_in_order(source),
+            batched=batched,
+            steady=steady,
         )
         _put(inner, dealt, batched=inner.batch_sampler is not None)
         feed = SentFeed(inner, dealt, Wire(group), batch_size=size, **dealing) if sent else OwnFeed(inner, dealt)

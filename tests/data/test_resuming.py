@@ -82,8 +82,12 @@ def after(loader: ShardedLoader, batches: int) -> dict[str, Any]:
     return through_a_file(loader.state_dict())
 
 
-@pytest.mark.parametrize("kind", KINDS)
-@pytest.mark.parametrize(("batches", "split"), [(0, False), (1, False), (3, False), (5, False), (4, True)])
+QUICK = [kind for kind in KINDS if kind != "workers"]
+"""Workers take a while to start."""
+PLACES = [(kind, *place) for kind in QUICK for place in [(0, False), (1, False), (3, False), (5, False), (4, True)]]
+
+
+@pytest.mark.parametrize(("kind", "batches", "split"), [*PLACES, ("workers", 3, False)])
 def test_the_rest_of_an_epoch_and_the_next(kind: str, batches: int, split: bool) -> None:
     size = 4 if split else 3
     for rank in range(2):
@@ -193,8 +197,7 @@ def test_bad_states() -> None:
 # -------------------------------------------------------------------- skipping
 
 
-@pytest.mark.parametrize("kind", KINDS)
-@pytest.mark.parametrize("ranks", [1, 2])
+@pytest.mark.parametrize(("kind", "ranks"), [(kind, ranks) for kind in QUICK for ranks in (1, 2)] + [("workers", 2)])
 def test_skipped_batches_do_not_come_again(kind: str, ranks: int) -> None:
     for rank in range(ranks):
         uninterrupted = prepared(kind, rank, ranks)
