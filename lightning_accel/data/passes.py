@@ -12,6 +12,7 @@ from torch.utils.data import DataLoader, IterableDataset
 from typing_extensions import override
 
 from lightning_accel.core import rng
+from lightning_accel.core.data_position import generators_of, set_generators
 from lightning_accel.data.batches import joined_samples, samples, samples_of
 from lightning_accel.data.dealing import ShardedBatches, ShardedStream
 from lightning_accel.data.reading import Reading
@@ -42,6 +43,14 @@ class Feed(ABC):
         for told in (self.dealt, self.loader.dataset):
             if told is not None and hasattr(told, "set_epoch"):
                 told.set_epoch(epoch)
+
+    def generators(self) -> list[Any]:
+        """The states of the generators that samplers and the dataset have of their own."""
+        return [rng.generator_state(source) for source in generators_of(self.loader)]
+
+    def set_generators(self, states: list[Any]) -> None:
+        """Put back what ``generators`` has said."""
+        set_generators(self.loader, states)
 
     def start_at(self, position: int) -> None:
         """Have the next pass begin at a position of the epoch, if it is indexed."""

@@ -78,7 +78,11 @@ class Reading(Iterator[Any]):
                         self._keep(batch)
                 else:
                     self.head = None
-        set_generators(loader, mark["generators_now"])
+        # Those of samplers are not set: they draw the order again, at the latest when the first batch is asked for.
+        of_dataset = {id(source) for source in generators_of(loader.dataset)}
+        for source, state in zip(self._sources, mark["generators_now"], strict=False):
+            if id(source) in of_dataset:
+                rng.set_generator_state(source, state)
         if mark["now"] is not None:
             self._stream = rng.Stream(mark["now"])
             self._again = mark["ahead"]

@@ -42,6 +42,14 @@ class Own(Sampler[int]):
         return SIZE
 
 
+class OwnGenerator(Own):
+    def __init__(self) -> None:
+        self.random = random.Random(3)
+
+    def __iter__(self) -> Iterator[int]:
+        return iter(self.random.sample(range(SIZE), SIZE))
+
+
 def stateful(**kwargs: Any) -> DataLoader[Any]:
     module = pytest.importorskip("torchdata.stateful_dataloader")
     loader: DataLoader[Any] = module.StatefulDataLoader(range(SIZE), shuffle=True, **kwargs)
@@ -51,6 +59,7 @@ def stateful(**kwargs: Any) -> DataLoader[Any]:
 KINDS: dict[str, Any] = {
     "shuffle": lambda size: DataLoader(range(SIZE), batch_size=size, shuffle=True),  # type: ignore[arg-type]
     "own": lambda size: DataLoader(range(SIZE), batch_size=size, sampler=Own()),  # type: ignore[arg-type]
+    "own generator": lambda size: DataLoader(range(SIZE), batch_size=size, sampler=OwnGenerator()),  # type: ignore[arg-type]
     "workers": lambda size: DataLoader(range(SIZE), batch_size=size, shuffle=True, num_workers=1),  # type: ignore[arg-type]
     "stream": lambda size: DataLoader(Stream(), batch_size=size),
     "stateful": lambda size: stateful(batch_size=size),
@@ -120,7 +129,7 @@ def test_twice_interrupted(kind: str) -> None:
     assert found == expected[:4]
 
 
-@pytest.mark.parametrize("kind", ["shuffle", "stateful", "own"])
+@pytest.mark.parametrize("kind", ["shuffle", "stateful", "own", "own generator"])
 @pytest.mark.parametrize(("ranks", "size", "others", "other_size"), [(2, 3, 3, 3), (3, 2, 1, 2), (1, 4, 2, 3)])
 def test_other_ranks_go_on_with_what_nobody_has_seen(
     kind: str, ranks: int, size: int, others: int, other_size: int
