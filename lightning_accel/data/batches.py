@@ -43,13 +43,13 @@ def map_leaves(function: Callable[[Any], Any], *batches: Any) -> Any:
         return {key: map_leaves(function, *[batch[key] for batch in batches]) for key in first}
     if isinstance(first, (list, tuple)) and not _is_plain(first):
         items = [map_leaves(function, *parts) for parts in zip(*batches, strict=True)]
-        return type(first)(*items) if hasattr(first, "_fields") else type(first)(items)  # type: ignore[call-arg]
+        return type(first)(*items) if hasattr(first, "_fields") else type(first)(items)
     if dataclasses.is_dataclass(first) and not isinstance(first, (type, TensorShape)):
-        made = copy.copy(first)
+        record = copy.copy(first)
         for field in dataclasses.fields(first):
             value = map_leaves(function, *[getattr(batch, field.name) for batch in batches])
-            object.__setattr__(made, field.name, value)
-        return made
+            object.__setattr__(record, field.name, value)
+        return record
     return function(*batches)
 
 

@@ -161,7 +161,7 @@ class ShardedBatches(BatchSampler):
     def per_round(self) -> int:
         """Samples of a complete round; batches, if they differ in size. What ``start`` counts."""
         most = 1 if self.split_batches else self.ranks
-        return most * self.global_batch_size if self._counts_samples else most
+        return most * (self.global_batch_size or 1) if self._counts_samples else most
 
     @property
     def _counts_samples(self) -> bool:

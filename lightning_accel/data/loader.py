@@ -205,13 +205,22 @@ class ShardedLoader(LoaderView):
             return {**self._loaded, **state, "ranks": self._loaded["ranks"]}
         passing = self._passing
         if passing is None:
-            return {**state, "epoch": self.epoch, "began": None, "position": None, "mark": None}
+            generators = self._feed.generators()
+            return {
+                **state,
+                "epoch": self.epoch,
+                "began": None,
+                "position": None,
+                "mark": None,
+                "generators": generators,
+            }
         return {
             **state,
             "epoch": passing.epoch,
             "began": passing.began,
             "position": passing.position,
-            "mark": passing.mark,
+            "mark": None if passing.mark is None else passing.mark(),
+            "generators": None,  # in the mark
         }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
@@ -246,6 +255,8 @@ class ShardedLoader(LoaderView):
         self._passing = None
         self.epoch = state["epoch"]
         self._loaded = dict(state) if within else None
+        if not within:
+            self._feed.set_generators(state["generators"])
         self._seed = state["seed"]
         for source in self._shuffled:
             source.seed = self._seed

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections import deque
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from itertools import cycle, islice
 from typing import Any
 
@@ -12,6 +12,7 @@ from torch.utils.data import DataLoader, IterableDataset
 from typing_extensions import override
 
 from lightning_accel.core import rng
+from lightning_accel.core.data_position import generators_of, set_generators
 from lightning_accel.data.batches import joined_samples, samples, samples_of
 from lightning_accel.data.dealing import ShardedBatches, ShardedStream
 from lightning_accel.data.reading import Reading
@@ -42,6 +43,14 @@ class Feed(ABC):
         for told in (self.dealt, self.loader.dataset):
             if told is not None and hasattr(told, "set_epoch"):
                 told.set_epoch(epoch)
+
+    def generators(self) -> list[Any]:
+        """The states of the generators that samplers and the dataset have of their own."""
+        return [rng.generator_state(source) for source in generators_of(self.loader)]
+
+    def set_generators(self, states: list[Any]) -> None:
+        """Put back what ``generators`` has said."""
+        set_generators(self.loader, states)
 
     def start_at(self, position: int) -> None:
         """Have the next pass begin at a position of the epoch, if it is indexed."""
@@ -92,8 +101,8 @@ class Pass:
         self._feed = feed
         self._from, self._skip = mark, skip
         self.epoch, self.began, self.position = epoch, began, position
-        self.mark: Mapping[str, Any] | None = mark
-        """Where the feed was after the batches that were handed out."""
+        self.mark: Callable[[], Mapping[str, Any]] | None = None if mark is None else lambda: mark
+        """What returns where the feed was after the batches that were handed out."""
 
     def __iter__(self) -> Iterator[Delivery]:
         for delivery in self._feed.rounds(self, self._from, self._skip):

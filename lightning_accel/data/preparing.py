@@ -9,7 +9,8 @@ import torch
 import torch.distributed as dist
 from torch.utils.data import BatchSampler, DataLoader, DistributedSampler
 
-from lightning_accel.core.data_position import takes_in_order
+from lightning_accel.core import rng
+from lightning_accel.core.data_position import generators_of, set_generators, takes_in_order
 from lightning_accel.data.dealing import ShardedBatches, ShardedStream, require_divisible
 from lightning_accel.data.loader import LoaderView, ShardedLoader, SkippedLoader, Watcher
 from lightning_accel.data.passes import Feed, OwnFeed, SentFeed, is_iterable
@@ -91,9 +92,15 @@ def prepare_data_loader(
         if not (takes_in_order(source) and is_steady(source.sampler)) and not is_steady(source):
             steady = Alike(seed)
             shuffled.append(steady)
-        mine = {"rank": 0, "ranks": 1} if sent else {"rank": rank, "ranks": ranks, **dealing}
         dealt = ShardedBatches(
-            source, takes_in_order=batched and takes_in_order(source), batched=batched, steady=steady, **mine
+            source,
+            rank=0 if sent else rank,
+            ranks=1 if sent else ranks,
+            split_batches=split_batches and not sent,
+            even_batches=even_batches,
+            takes_in_order=batched and takes_in_order(source),
+            batched=batched,
+            steady=steady,
         )
         _put(inner, dealt, batched=inner.batch_sampler is not None)
         feed = SentFeed(inner, dealt, Wire(group), batch_size=size, **dealing) if sent else OwnFeed(inner, dealt)
@@ -188,12 +195,17 @@ def _own_seed(loader: DataLoader[Any], seed: int | None) -> int:
 
 
 def _agree(loader: DataLoader[Any], seed: int | None, ranks: int, group: dist.ProcessGroup | None, sent: bool) -> int:
-    """Rank 0's seed, if all ranks have the same data and a seed that was given is the same everywhere."""
+    """Rank 0's seed, if all ranks have the same data and a seed that was given is the same everywhere.
+
+    Generators of samplers and datasets of the user's own get the states of rank 0's.
+    """
     try:
         length = len(loader.dataset)  # type: ignore[arg-type]
     except TypeError:  # an iterable dataset need have none
         length = None
-    told = (length, _batch_size(loader), seed, _own_seed(loader, seed))
+    drawing = _drawing(loader)
+    states = [rng.generator_state(generator) for generator in generators_of(drawing)]
+    told = (length, _batch_size(loader), seed, _own_seed(loader, seed), states)
     everyone: list[Any] = [None] * ranks
     dist.all_gather_object(everyone, told, group=host_group(group))
     names = ("a dataset of the same length", "the same batch size", "the same seed")
@@ -204,8 +216,17 @@ def _agree(loader: DataLoader[Any], seed: int | None, ranks: int, group: dist.Pr
                 f"Expected {name} on every rank, got {values} by rank. Each rank takes its share of the same order of"
                 " samples: make the loader from the same data on all of them."
             )
+    set_generators(drawing, everyone[0][4])
     agreed: int = everyone[0][3]
     return agreed
+
+
+def _drawing(loader: DataLoader[Any]) -> Any:
+    """What draws an order from generators of its own, if it has any; None if these are seeded for each epoch."""
+    if is_iterable(loader):
+        return loader.dataset
+    source, _ = _source(loader)
+    return None if is_steady(_shuffler(loader)) or draws_from_generator(_shuffler(loader)) else source
 
 
 def _seeded(loader: DataLoader[Any], seed: int) -> tuple[DataLoader[Any], list[SeededSampler | Alike]]:

@@ -13,7 +13,7 @@ is not.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from itertools import islice
 from typing import Any
 
@@ -78,23 +78,27 @@ class Reading(Iterator[Any]):
                         self._keep(batch)
                 else:
                     self.head = None
-        set_generators(loader, mark["generators_now"])
+        # Those of samplers are not set: they draw the order again, at the latest when the first batch is asked for.
+        of_dataset = {id(source) for source in generators_of(loader.dataset)}
+        for source, state in zip(self._sources, mark["generators_now"], strict=False):
+            if id(source) in of_dataset:
+                rng.set_generator_state(source, state)
         if mark["now"] is not None:
             self._stream = rng.Stream(mark["now"])
             self._again = mark["ahead"]
 
-    def mark(self) -> dict[str, Any]:
-        """Where it is now: tensors, numbers and texts, and what a loader says that keeps its own place."""
-        draws_here = self._loader.num_workers == 0
+    def mark(self) -> Callable[[], dict[str, Any]]:
+        """What returns where it is now: tensors, numbers and texts, and what a loader says that keeps its own place."""
         loader: Any = self._loader
-        return {
+        now = rng.collect_later() if loader.num_workers == 0 else None  # else only workers draw
+        noted = {
             **self._began,
             "drawn": self.drawn,
             "ahead": self._ahead,
-            "now": rng.collect() if draws_here else None,
             "generators_now": self._states(),
             "state": loader.state_dict() if keeps_place(loader) else None,
         }
+        return lambda: {**noted, "now": None if now is None else now()}
 
     @override
     def __next__(self) -> Any:

@@ -78,7 +78,7 @@ def find_executable_batch_size(
 
     """
     if function is None:
-        return functools.partial(  # type: ignore[return-value]
+        return functools.partial(
             find_executable_batch_size,
             starting_batch_size=starting_batch_size,
             reduce_batch_size_fn=reduce_batch_size_fn,

@@ -16,6 +16,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from lightning_accel.data.batches import joined_samples
 from lightning_accel.manual.operations import described, leaves, map_leaves, map_tensors, padded, require_tensors
 
 REDUCTIONS = ("sum", "mean", "max", "min", "none")
@@ -58,8 +59,7 @@ class Peers:
         return map_tensors(data, self._gather)
 
     def _gather(self, tensor: Tensor) -> Tensor:
-        own = tensor.detach().to(self.device).contiguous()
-        own = own.reshape(1) if own.ndim == 0 else own
+        own = torch.atleast_1d(tensor.detach().to(self.device)).contiguous()
         if self.ranks == 1:
             return own
         # As bytes: not every back end knows every dtype.
@@ -68,6 +68,20 @@ class Peers:
         if flat.numel():
             dist.all_gather(list(whole.view(self.ranks, -1).unbind()), flat)
         return whole.view(own.dtype).view(self.ranks * own.shape[0], *own.shape[1:])
+
+    def gather_uneven(self, data: Any, *, as_objects: bool) -> Any:
+        """The samples of ranks that have different numbers of them, on every rank. By way of the host.
+
+        Args:
+            data: Tensors of shape ``[n, ...]`` in a structure; None if this rank has no samples.
+            as_objects: They are objects instead, in a list.
+
+        """
+        mine = data if as_objects else map_tensors(data, lambda tensor: torch.atleast_1d(tensor.detach().cpu()))
+        there = [one for one in self.gather_objects(mine, "gather_for_metrics") if one is not None]
+        if as_objects:
+            return [entry for one in there for entry in (one if isinstance(one, list) else [one])]
+        return map_tensors(joined_samples(there), lambda tensor: tensor.to(self.device))
 
     @torch.no_grad()
     def reduce(self, data: Any, reduction: str, scale: float) -> Any:

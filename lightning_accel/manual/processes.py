@@ -187,6 +187,8 @@ class Processes:
     def gather_for_metrics(self, input_data: Any, use_gather_object: bool = False) -> Any:
         """As ``gather``, without the samples that fill up the last batch of a prepared loader.
 
+        Within ``join_uneven_inputs`` ranks may have different numbers of samples, or none.
+
         Args:
             input_data: Tensors whose first dimension are the samples of a batch; or objects.
             use_gather_object: Gather objects, lists of one entry for each sample. Happens by itself where there is
@@ -199,8 +201,10 @@ class Processes:
         tensors: list[bool] = []
         map_leaves(input_data, lambda _, leaf: tensors.append(isinstance(leaf, torch.Tensor)))
         as_objects = use_gather_object or not all(tensors)
-        gathered = self.gather_object(input_data) if as_objects else self.gather(input_data)
         loader = self._loaders.active
+        if loader is not None and loader.joining is not None:
+            return self._peers.gather_uneven(None if loader.is_shadow else input_data, as_objects=as_objects)
+        gathered = self.gather_object(input_data) if as_objects else self.gather(input_data)
         if loader is None or not loader.end_of_dataloader or loader.remainder <= 0:
             return gathered
         return gathered[: loader.remainder] if as_objects else first_samples(gathered, loader.remainder)

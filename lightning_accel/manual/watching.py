@@ -12,6 +12,12 @@ class Loader(Protocol):
     """Whether its last batch was handed out, and its iteration has not ended yet."""
     remainder: int
     """How many samples of the last batch, of all ranks together, are real; -1 if all are, or nobody knows."""
+    joining: Any
+    """Not None where ranks may have different numbers of batches."""
+
+    @property
+    def is_shadow(self) -> bool:
+        """Whether the batch stands in for one that is not there, and counts nothing."""
 
 
 class LoaderWatch:

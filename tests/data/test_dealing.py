@@ -98,7 +98,7 @@ def test_the_samples_of_each_rank(dataset: Any, case: tuple[int, Any, Any, Any, 
     assert [seen(loader) for loader in loaders(dataset(length), *options)] == expected
 
 
-@pytest.mark.parametrize("dataset", [range, SizedStream])
+@pytest.mark.parametrize("dataset", [range, pytest.param(SizedStream, marks=pytest.mark.matrix)])
 def test_all_small_cases(dataset: Any) -> None:
     for length, ranks, drop_last, even, split in CASES:
         case = length, ranks, drop_last, even, split

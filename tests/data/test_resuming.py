@@ -42,6 +42,14 @@ class Own(Sampler[int]):
         return SIZE
 
 
+class OwnGenerator(Own):
+    def __init__(self) -> None:
+        self.random = random.Random(3)
+
+    def __iter__(self) -> Iterator[int]:
+        return iter(self.random.sample(range(SIZE), SIZE))
+
+
 def stateful(**kwargs: Any) -> DataLoader[Any]:
     module = pytest.importorskip("torchdata.stateful_dataloader")
     loader: DataLoader[Any] = module.StatefulDataLoader(range(SIZE), shuffle=True, **kwargs)
@@ -51,6 +59,7 @@ def stateful(**kwargs: Any) -> DataLoader[Any]:
 KINDS: dict[str, Any] = {
     "shuffle": lambda size: DataLoader(range(SIZE), batch_size=size, shuffle=True),  # type: ignore[arg-type]
     "own": lambda size: DataLoader(range(SIZE), batch_size=size, sampler=Own()),  # type: ignore[arg-type]
+    "own generator": lambda size: DataLoader(range(SIZE), batch_size=size, sampler=OwnGenerator()),  # type: ignore[arg-type]
     "workers": lambda size: DataLoader(range(SIZE), batch_size=size, shuffle=True, num_workers=1),  # type: ignore[arg-type]
     "stream": lambda size: DataLoader(Stream(), batch_size=size),
     "stateful": lambda size: stateful(batch_size=size),
@@ -82,8 +91,12 @@ def after(loader: ShardedLoader, batches: int) -> dict[str, Any]:
     return through_a_file(loader.state_dict())
 
 
-@pytest.mark.parametrize("kind", KINDS)
-@pytest.mark.parametrize(("batches", "split"), [(0, False), (1, False), (3, False), (5, False), (4, True)])
+QUICK = [kind for kind in KINDS if kind != "workers"]
+"""Workers take a while to start."""
+PLACES = [(kind, *place) for kind in QUICK for place in [(0, False), (1, False), (3, False), (5, False), (4, True)]]
+
+
+@pytest.mark.parametrize(("kind", "batches", "split"), [*PLACES, ("workers", 3, False)])
 def test_the_rest_of_an_epoch_and_the_next(kind: str, batches: int, split: bool) -> None:
     size = 4 if split else 3
     for rank in range(2):
@@ -116,7 +129,7 @@ def test_twice_interrupted(kind: str) -> None:
     assert found == expected[:4]
 
 
-@pytest.mark.parametrize("kind", ["shuffle", "stateful", "own"])
+@pytest.mark.parametrize("kind", ["shuffle", "stateful", "own", "own generator"])
 @pytest.mark.parametrize(("ranks", "size", "others", "other_size"), [(2, 3, 3, 3), (3, 2, 1, 2), (1, 4, 2, 3)])
 def test_other_ranks_go_on_with_what_nobody_has_seen(
     kind: str, ranks: int, size: int, others: int, other_size: int
@@ -193,8 +206,7 @@ def test_bad_states() -> None:
 # -------------------------------------------------------------------- skipping
 
 
-@pytest.mark.parametrize("kind", KINDS)
-@pytest.mark.parametrize("ranks", [1, 2])
+@pytest.mark.parametrize(("kind", "ranks"), [(kind, ranks) for kind in QUICK for ranks in (1, 2)] + [("workers", 2)])
 def test_skipped_batches_do_not_come_again(kind: str, ranks: int) -> None:
     for rank in range(ranks):
         uninterrupted = prepared(kind, rank, ranks)

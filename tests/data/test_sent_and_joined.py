@@ -8,11 +8,12 @@ from collections.abc import Iterator
 from itertools import product
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
-from torch.utils.data import DataLoader, IterableDataset
+from torch.utils.data import DataLoader, IterableDataset, Sampler
 
 from core.toys import EXACT, Net, adamw, build, mse, relative_error, values
 from harness import Ranks
@@ -167,6 +168,30 @@ def agreed() -> list[list[int]]:
 
 def test_without_a_seed_ranks_agree_on_one(ranks2: Ranks) -> None:
     first, second = ranks2.run(agreed)
+    for epoch in range(2):
+        assert sorted(first[epoch] + second[epoch]) == list(range(8))
+    assert first[0] != first[1]
+
+
+class OwnOrder(Sampler[int]):
+    def __init__(self) -> None:
+        self.generator = np.random.default_rng()  # other numbers on each rank
+
+    def __iter__(self) -> Iterator[int]:
+        return iter(self.generator.permutation(8).tolist())
+
+    def __len__(self) -> int:
+        return 8
+
+
+def of_own_order() -> list[list[int]]:
+    loader: DataLoader[Any] = DataLoader(range(8), batch_size=2, sampler=OwnOrder())  # type: ignore[arg-type]
+    made = prepare_data_loader(loader, rank=dist.get_rank(), ranks=2)
+    return [[index for batch in made for index in batch.tolist()] for _ in range(2)]
+
+
+def test_generators_of_samplers_are_those_of_rank_0(ranks2: Ranks) -> None:
+    first, second = ranks2.run(of_own_order)
     for epoch in range(2):
         assert sorted(first[epoch] + second[epoch]) == list(range(8))
     assert first[0] != first[1]

@@ -86,6 +86,12 @@ def log_too_early(accelerator: Accelerator) -> None:
     Accelerator(log_with="csv", project_dir="x", cpu=True).log({"loss": 1.0})
 
 
+def steps_within_a_window(accelerator: Accelerator) -> None:
+    accelerator.gradient_accumulation_steps = 3
+    with accelerator.accumulate():
+        accelerator.gradient_accumulation_steps = 2
+
+
 def no_such_process(accelerator: Accelerator) -> None:
     accelerator.on_process(print, process_index=1)
 
@@ -105,6 +111,7 @@ REFUSED: list[tuple[Callable[[Accelerator], None], str, str]] = [
     (save_nowhere, "ValueError", "Expected output_dir for save_state() without a project_dir"),
     (stateless, "ValueError", "Expected objects with state_dict and load_state_dict to register"),
     (log_too_early, "RuntimeError", "Expected accelerator.init_trackers('name') before"),
+    (steps_within_a_window, "RuntimeError", "to be changed between windows"),
     (no_such_process, "ValueError", "Expected a process from 0 to 0, got 1"),
 ]
 

@@ -92,6 +92,20 @@ def test_metrics_have_every_sample_once(ranks2: Ranks, split: bool, length: int)
         assert rest == list(range(first, length))
 
 
+def joined_metrics() -> list[Any]:
+    """Samples of 13, in batches of 2 that are not filled up, so that rank 0 has one more."""
+    accelerator = Accelerator(cpu=True, even_batches=False)
+    model, loader = accelerator.prepare(Net(), DataLoader(range(13), batch_size=2))
+    with accelerator.join_uneven_inputs([model]):
+        found = [accelerator.gather_for_metrics({"x": batch}) for batch in loader]
+        names = [accelerator.gather_for_metrics([str(x) for x in batch.tolist()]) for batch in loader]
+    return [[x for batch in found for x in batch["x"].tolist()], [int(x) for batch in names for x in batch]]
+
+
+def test_metrics_of_uneven_inputs(ranks2: Ranks) -> None:
+    assert ranks2.run(joined_metrics) == [[list(range(13))] * 2] * 2
+
+
 def logged(folder: str) -> str:
     accelerator = Accelerator(cpu=True, log_with=["csv"], project_dir=folder)
     accelerator.init_trackers("project", config={"lr": 0.1})

@@ -52,6 +52,8 @@ class Batches:
     def __init__(self, end: bool = False) -> None:
         self.end_of_dataloader = end
         self.remainder = -1
+        self.joining = None
+        self.is_shadow = False
 
 
 def test_the_innermost_loader_counts() -> None:

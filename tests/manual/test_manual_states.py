@@ -206,6 +206,17 @@ def test_a_checkpoint_that_does_not_fit(world: Ranks, tmp_path: Path) -> None:
     assert messages[2] != "nothing"
 
 
+def save_within_a_window(path: str) -> None:
+    run = Run("zero2", gradient_accumulation_steps=2)
+    with run.accelerator.accumulate(run.model), pytest.warns(UserWarning, match="is not saved"):
+        run.accelerator.save_state(path)
+
+
+@pytest.mark.parametrize("world", [1], indirect=True)
+def test_saving_within_a_window_warns(world: Ranks, tmp_path: Path) -> None:
+    world.run(save_within_a_window, str(tmp_path / "state"))
+
+
 def scale_after(path: str) -> tuple[float, float]:
     run = Run("zero2", mixed_precision="fp16")
     run.accelerator.fabric.strategy.grad_scaler._scale.set(128.0)
