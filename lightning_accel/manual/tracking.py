@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Mapping, Sequence
 from importlib.util import find_spec
 from pathlib import Path
@@ -105,9 +106,15 @@ class Trackers:
                 self._loggers[entry] = make(project, self._folder, arguments.get(entry, {}))
             else:
                 self._loggers[_free_name(entry, self._loggers)] = entry
-        if config:
-            for logger in self.loggers:
-                logger.log_hyperparams(_convert_params(dict(config)))
+        for name, logger in self._loggers.items() if config else ():
+            try:
+                logger.log_hyperparams(_convert_params(dict(config or {})))
+            except NotImplementedError:  # Fabric's CSVLogger
+                warnings.warn(
+                    f"{name} notes no hyperparameters, so config is not in it. Lightning's loggers of the same name"
+                    " (lightning.pytorch.loggers) do.",
+                    stacklevel=3,
+                )
 
     def log(self, values: Mapping[str, Any], step: int | None, arguments: Mapping[str, Mapping[str, Any]]) -> None:
         """Note metrics.

@@ -92,6 +92,11 @@ def steps_within_a_window(accelerator: Accelerator) -> None:
         accelerator.gradient_accumulation_steps = 2
 
 
+def profile_twice(accelerator: Accelerator) -> None:
+    with accelerator.profile(output_trace_dir="x", schedule=torch.profiler.schedule(wait=1, warmup=1, active=1)):
+        pass
+
+
 def no_such_process(accelerator: Accelerator) -> None:
     accelerator.on_process(print, process_index=1)
 
@@ -112,6 +117,7 @@ REFUSED: list[tuple[Callable[[Accelerator], None], str, str]] = [
     (stateless, "ValueError", "Expected objects with state_dict and load_state_dict to register"),
     (log_too_early, "RuntimeError", "Expected accelerator.init_trackers('name') before"),
     (steps_within_a_window, "RuntimeError", "to be changed between windows"),
+    (profile_twice, "ValueError", "Expected output_trace_dir without schedule and on_trace_ready"),
     (no_such_process, "ValueError", "Expected a process from 0 to 0, got 1"),
 ]
 

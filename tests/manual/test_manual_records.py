@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import csv
 import json
+import warnings
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from lightning.fabric.loggers import CSVLogger
 from loops import ROWS
 from models import Net, assert_close, values
 from safetensors.torch import load_file
@@ -107,8 +109,16 @@ def test_metrics_of_uneven_inputs(ranks2: Ranks) -> None:
 
 
 def logged(folder: str) -> str:
-    accelerator = Accelerator(cpu=True, log_with=["csv"], project_dir=folder)
-    accelerator.init_trackers("project", config={"lr": 0.1})
+    own = CSVLogger(folder, name="own")
+    accelerator = Accelerator(cpu=True, log_with=["csv", own], project_dir=folder)
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        accelerator.init_trackers("project", config={"lr": 0.1})
+    said = [str(warning.message) for warning in caught if "CSVLogger notes no hyperparameters" in str(warning.message)]
+    assert len(said) == accelerator.is_main_process
+    assert accelerator.get_tracker("CSVLogger") is own
+    with pytest.raises(ValueError, match="got a tensor of shape \\[2\\] as 'loss'"):
+        accelerator.log({"loss": torch.zeros(2)})
     accelerator.log({"loss": torch.tensor(2.0) * (1 + accelerator.process_index), "acc": 0.5}, step=3)
     name = type(accelerator.get_tracker("csv")).__name__
     with pytest.raises(ValueError, match="Did you mean 'csv'"):
@@ -120,9 +130,11 @@ def logged(folder: str) -> str:
 def test_trackers(ranks2: Ranks, tmp_path: Path) -> None:
     """Process 0 writes."""
     assert ranks2.run(logged, str(tmp_path)) == ["CSVLogger"] * 2
-    (file,) = tmp_path.rglob("metrics.csv")
-    (row,) = csv.DictReader(file.open())
-    assert (float(row["loss"]), float(row["acc"]), int(row["step"])) == (2.0, 0.5, 3)
+    files = sorted(tmp_path.rglob("metrics.csv"))
+    assert [file.relative_to(tmp_path).parts[0] for file in files] == ["own", "project"]
+    for file in files:
+        (row,) = csv.DictReader(file.open())
+        assert (float(row["loss"]), float(row["acc"]), int(row["step"])) == (2.0, 0.5, 3)
     assert "lr: 0.1" in next(tmp_path.rglob("hparams.yaml")).read_text()
 
 
