@@ -11,12 +11,23 @@ from lightning_accel.core import engine_of
 __all__ = ["engine_of", "plan"]
 __version__ = "0.1.0"
 
+_MANUAL = (
+    "Accelerator",
+    "LocalSGD",
+    "debug_launcher",
+    "find_executable_batch_size",
+    "notebook_launcher",
+    "set_seed",
+    "skip_first_batches",
+)
+"""What is imported when it is asked for."""
+
 # The engine itself needs torch alone.
 if find_spec("lightning") is not None:
     from lightning_accel.plugins import AccelPrecision
     from lightning_accel.strategies import register
 
-    __all__ += ["AccelPrecision"]
+    __all__ += ["AccelPrecision", *_MANUAL]
     register()
 
 
@@ -26,4 +37,8 @@ def __getattr__(name: str) -> Any:
         from lightning_accel.planning import plan
 
         return plan
+    if name in _MANUAL:  # needs Lightning
+        from lightning_accel import manual
+
+        return getattr(manual, name)
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

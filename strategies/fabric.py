@@ -405,4 +405,5 @@ def _weigh(loss: Tensor, engines: Sequence[Engine]) -> Tensor:
         for engine in told:
             engine.set_loss_weight(weight)
         return told[0].weigh(loss)
-    return loss
+    sharing = next((engine for engine in engines if engine.share is not None), None)
+    return loss if sharing is None else sharing.weigh(loss)

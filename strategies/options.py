@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any, TypeAlias
 
 import torch
+import torch.distributed as dist
 from lightning.fabric.accelerators import Accelerator
 from lightning.fabric.plugins.precision import Precision
 from lightning.fabric.utilities.device_dtype_mixin import _update_properties
@@ -155,7 +156,14 @@ class EngineOptions:
         """
         return row.parameters is Rest.SHARDED or self.dtypes(precision, row).vectors
 
-    def start(self, module: nn.Module, row: Row, device: torch.device, precision: Precision) -> Engine:
+    def start(
+        self,
+        module: nn.Module,
+        row: Row,
+        device: torch.device,
+        precision: Precision,
+        group: dist.ProcessGroup | None = None,
+    ) -> Engine:
         """An engine for a module on its device, or on the meta device. All ranks take part.
 
         Args:
@@ -163,6 +171,7 @@ class EngineOptions:
             row: The placement row.
             device: Where it lives.
             precision: The plugin, which says what to compute with if nothing else does.
+            group: The ranks; all by default.
 
         Raises:
             ValueError: If a unit or a module to recompute does not exist.
@@ -175,6 +184,7 @@ class EngineOptions:
             row,
             units=self.units,
             bucket_cap_mb=self.bucket_cap_mb,
+            group=group,
             shard_size=self.shard_size,
             param_init_fn=self.param_init_fn,
             device=device,

@@ -36,6 +36,7 @@ from lightning_accel.plugins.precision import require_known_scaler
 from lightning_accel.strategies.accumulation import Accumulation
 from lightning_accel.strategies.averaging import require_averaging_in_parts
 from lightning_accel.strategies.checkpoints import Checkpoints, StateDictType
+from lightning_accel.strategies.evenness import adopt, require_even
 from lightning_accel.strategies.failure import explain
 from lightning_accel.strategies.options import EngineOptions, Recomputed, reject_unknown, to_device
 from lightning_accel.strategies.resume import Continuation
@@ -300,10 +301,13 @@ class AccelStrategy(SavingStrategy):
 
     @override
     def process_dataloader(self, dataloader: object) -> object:
+        adopt(dataloader, self.engine)
         return self._continuation.follow(dataloader)
 
     @override
     def on_train_start(self) -> None:
+        assert self.lightning_module is not None
+        require_even(self.lightning_module.trainer)
         self._continuation.start()
 
     # ------------------------------------------------------------------- steps

@@ -96,6 +96,11 @@ def test_core_knows_nothing_of_lightning() -> None:
     assert wrong == []
 
 
+def test_data_knows_core_alone() -> None:
+    allowed = ("lightning_accel.core", "lightning_accel.data")
+    assert wrong_imports("lightning_accel.data", (*LIGHTNING, "lightning_accel"), allowed=allowed) == []
+
+
 def test_plugins_know_nothing_of_strategies() -> None:
     assert wrong_imports("lightning_accel.plugins", ("lightning_accel.strategies", "lightning_accel.manual")) == []
 

@@ -128,7 +128,7 @@ def shared(loader: Any) -> Shared | None:
         return None
     batches: Any = loader.batch_sampler
     sampler: Any = loader.sampler if batches is None else getattr(batches, "sampler", None)
-    if batches is not None and not _takes_in_order(batches):
+    if batches is not None and not takes_in_order(batches):
         return None
     if not all(hasattr(sampler, name) for name in ("num_replicas", "rank", "dataset")):
         return None
@@ -142,7 +142,7 @@ def shared(loader: Any) -> Shared | None:
     return Shared(sampler=sampler, rank=sampler.rank, shares=shares, automatic=batches is not None)
 
 
-def _takes_in_order(batches: Any) -> bool:
+def takes_in_order(batches: Any) -> bool:
     """Whether a batch sampler is torch's own, or torchdata's, which does the same; others may do anything."""
     kind = type(batches)
     return kind is BatchSampler or (isinstance(batches, BatchSampler) and kind.__module__.startswith("torchdata."))

@@ -473,10 +473,26 @@ class Engine:
         """What ``set_loss_weight`` has set for the next backward."""
         return self._weights.next
 
+    @property
+    def share(self) -> float | None:
+        """What losses without a weight are multiplied by, where some ranks have run out of batches.
+
+        0 on those: whatever they compute counts as zeros, also where losses have weights. None, as ever, elsewhere.
+        ``lightning_accel.data.joined`` sets it.
+        """
+        return self._weights.share
+
+    @share.setter
+    def share(self, share: float | None) -> None:
+        assert share is None or share >= 0.0
+        self._weights.share = share
+
     def weigh(self, loss: Tensor) -> Tensor:
         """A loss times its weight, if it has one: what is to be differentiated within ``backward_context``."""
-        weight = self._weights.next
+        weight, share = self._weights.next, self._weights.share
         if weight is None:
+            weight = share
+        if weight is None or weight == 1.0 or share == 0.0:  # no product of what counts as zeros: it may be NaN
             return loss
         return loss.to(torch.promote_types(loss.dtype, torch.float32)) * weight  # 16 bits would round the weight
 

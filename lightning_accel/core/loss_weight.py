@@ -67,6 +67,8 @@ class LossWeights:
         self._world = world
         self.next: float | None = None
         """Of the loss of the next backward."""
+        self.share: float | None = None
+        """What losses without a weight are multiplied by; 0: no loss of this rank counts. None: nothing of the kind."""
         self._now: float | None = None
 
     def set(self, weight: float | Tensor) -> None:
@@ -97,6 +99,9 @@ class LossWeights:
 
         """
         self._now, self.next = self.next, None
+        is_out = self.share == 0.0
+        if is_out and self._now is not None:
+            self._now = 0.0
         if self._now is not None and not optimizers:
             raise RuntimeError(
                 "Expected an optimizer before losses have weights, which make its gradients a mean, got none. Call"
@@ -113,7 +118,7 @@ class LossWeights:
                     assert unit.rest is not None
                     unit.rest.mul_(1.0 / window.normaliser)
                 window.normaliser = None
-        return self._now != 0.0
+        return self._now != 0.0 and not is_out
 
     def end(self, optimizers: Sequence[EngineOptimizer]) -> list[bool]:
         """Call when all gradients have arrived. Returns what the ranks are to agree on by a logical or."""

@@ -40,6 +40,12 @@ def engines_of(module: nn.Module) -> list[Engine]:
     return list(found.values())
 
 
+def open_engines() -> list[Engine]:
+    """All engines of this process that are not closed."""
+    found = {id(engine): engine for reference in list(_engines.values()) if (engine := reference()) is not None}
+    return [engine for engine in found.values() if not engine.is_closed]
+
+
 def engine_of(module: nn.Module) -> Engine:
     """The engine that trains a module: the model that was set up, what Fabric made of it, or any part of it.
 
