@@ -46,6 +46,12 @@ def open_engines() -> list[Engine]:
     return [engine for engine in found.values() if not engine.is_closed]
 
 
+def await_peers() -> None:
+    """Do for all open engines what is done at exit, in processes that end without it (those of multiprocessing)."""
+    for engine in open_engines():
+        _wait_if_alive(weakref.ref(engine))
+
+
 def engine_of(module: nn.Module) -> Engine:
     """The engine that trains a module: the model that was set up, what Fabric made of it, or any part of it.
 

@@ -19,6 +19,8 @@ import torch
 from torch.multiprocessing import start_processes
 from torch.multiprocessing.spawn import ProcessException, ProcessExitedException
 
+from lightning_accel.core.registry import await_peers
+
 StartMethod = Literal["fork", "spawn", "forkserver"]
 
 _LOCAL = "127.0.0.1"
@@ -166,6 +168,7 @@ def _work(local_rank: int, function: Any, args: Any, first_rank: int, shared: di
         torch.set_num_threads(max(1, (os.cpu_count() or 1) // int(shared["LOCAL_WORLD_SIZE"])))
     try:
         function(*args)
+        await_peers()  # they may still read this rank's part of the parameters
     except Exception:
         when = time.monotonic()
         Path(folder, f"{rank}.pickle").write_bytes(pickle.dumps((when, traceback.format_exc())))

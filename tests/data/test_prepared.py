@@ -53,6 +53,15 @@ def test_a_subclass_stays_one() -> None:
     assert [batch["x"].tolist() for batch in loader] == [[0, 1]]
 
 
+def test_persistent_workers_are_each_loaders_own() -> None:
+    given = whole(num_workers=1, persistent_workers=True)
+    next(iter(given))
+    loader = prepare_data_loader(given, rank=1, ranks=2)
+    for _ in range(2):
+        assert [batch.tolist() for batch in loader] == [[4, 5, 6, 7], [2, 3, 4, 5]]
+    assert [len(batch) for batch in given] == [4, 4, 2]
+
+
 def test_who_watches_is_told_of_loops_that_are_left() -> None:
     watching = Watching()
     loader = prepare_data_loader(whole(), rank=0, ranks=2, watcher=watching)

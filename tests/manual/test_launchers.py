@@ -11,9 +11,12 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed as dist
+from torch import nn
 
+from lightning_accel.core import Engine
 from lightning_accel.manual.launchers import debug_launcher, notebook_launcher
 
+kept: Any = None
 NAMES = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "GROUP_RANK", "MASTER_ADDR", "CUDA_VISIBLE_DEVICES")
 
 
@@ -88,6 +91,23 @@ def test_what_follows_from_a_failure_is_not_shown_instead() -> None:
 
     with pytest.raises(RuntimeError, match="ValueError: the cause"):
         debug_launcher(train)
+
+
+def test_a_rank_that_is_done_waits_for_those_that_read_from_it() -> None:
+    """It has a part of the parameters, which others fetch as they need them."""
+
+    def train() -> None:
+        global kept  # as in a notebook; else the engine would be gone with this function
+        dist.init_process_group("gloo")
+        kept = engine = Engine(nn.Sequential(nn.Linear(64, 64), nn.Linear(64, 64)), "fsdp")
+        engine.add_optimizer(torch.optim.SGD(engine.module.parameters(), lr=0.1))
+        engine.build()
+        if dist.get_rank() == 1:
+            time.sleep(0.5)
+        with torch.no_grad():
+            engine.module(torch.zeros(1, 64))
+
+    debug_launcher(train)
 
 
 def test_one_process_is_this_one() -> None:
