@@ -46,7 +46,7 @@ def collect(device: torch.device | None = None) -> State:
 
 
 def collect_later() -> Callable[[], State]:
-    """What returns the state as it is now (an accelerator's left out), at a quarter of the cost if it is never asked.
+    """What returns the state as it is now (an accelerator's left out), at about half the cost if it is never asked.
 
     For what is noted before every batch, and looked at when a checkpoint is made.
     """
