@@ -158,6 +158,17 @@ _SPECS = (
         ranks_multiple=4,
     ),
     *(
+        Spec(
+            name=f"accelerator_{row}",
+            adapter=".accelerator:AcceleratorPeer",
+            family="accel",
+            about=f"our Accelerator's prepare, strategy={row!r}",
+            arguments={"strategy": row},
+            requires=(*_LIGHTNING, *_ACCEL),
+        )
+        for row in ("ddp", "zero2", "fsdp")
+    ),
+    *(
         _of_lightning(kind, strategy)
         for kind in ("trainer", "fabric")
         for strategy in (
