@@ -16,6 +16,7 @@ from benchmarks.runner import Runner
 
 PARAMETERS = 134_912  # of gpt-tiny
 LIMIT = 10.0  # a visit takes a tenth of a second; what the peer that hangs costs this test
+pytestmark = pytest.mark.matrix
 
 
 def _spec(name: str) -> Spec:

@@ -168,6 +168,7 @@ def test_an_unmodified_lightning_script(tmp_path: Path) -> None:
     }
 
 
+@pytest.mark.matrix
 def test_ranks_that_fail_are_started_again_and_then_explained(tmp_path: Path) -> None:
     path = script(tmp_path, FAILING)
     begin = time.monotonic()

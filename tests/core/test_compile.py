@@ -130,7 +130,8 @@ def inductor(row, recomputing):
 
 
 @pytest.mark.skipif(shutil.which("c++") is None and shutil.which("g++") is None, reason="inductor needs a C++ compiler")
-@pytest.mark.parametrize("row", [pytest.param("zero2", marks=pytest.mark.matrix), "fsdp"])
+@pytest.mark.matrix
+@pytest.mark.parametrize("row", ["zero2", "fsdp"])
 def test_inductor(ranks2, row):
     for error, counts in ranks2.run(inductor, row, True):
         # Its tanh is another implementation, right to some units in the last place (1e-16 each).
