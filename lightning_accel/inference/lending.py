@@ -108,6 +108,8 @@ class _Loan:
                 put(module, name, self._lender.value(full))
 
     def end(self, *_: Any) -> None:
+        if self._depth == 0:
+            return  # what the user hung on the module before has raised, and nothing was lent
         self._depth -= 1
         if self._depth == 0:
             for module, name, _full, empty in self._places:

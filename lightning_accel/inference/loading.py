@@ -72,23 +72,24 @@ def load_checkpoint_and_dispatch(
     found = _match(model, kept, strict, str(checkpoint))
     device = _computing(checked)
     borrowed: dict[str, Tensor] = {}
-    filled: dict[int, Tensor] = {}
+    filled: dict[tuple[int, torch.device], Tensor] = {}  # tied tensors stay so where they are in one place
+    host = torch.device("cpu")
     for name, (module, local, tensor) in _places(model).items():
         place = place_of(name, checked)
         where = device if place in ("cpu", "disk") else as_device(place)
+        lent = isinstance(tensor, nn.Parameter)  # a forward may change buffers
         if name not in found:
-            if tensor.device != where:
-                put(module, local, filled.setdefault(id(tensor), tensor.detach().to(where)))
-        elif place == "disk":
+            put(module, local, filled.setdefault((id(tensor), where), _moved(tensor, where)))
+        elif place == "disk" and lent:
             borrowed[name] = found[name]
-        elif place == "cpu" and device.type != "cpu":
-            if id(tensor) not in filled:
-                filled[id(tensor)] = read(found[name], torch.device("cpu"), dtype)
-            borrowed[name] = filled[id(tensor)]
+        elif place == "cpu" and device != host and lent:
+            if (id(tensor), host) not in filled:
+                filled[id(tensor), host] = read(found[name], host, dtype)
+            borrowed[name] = filled[id(tensor), host]
         else:
-            if id(tensor) not in filled:
-                filled[id(tensor)] = _filled(tensor, found[name], where, dtype)
-            put(module, local, filled[id(tensor)])
+            if (id(tensor), where) not in filled:
+                filled[id(tensor), where] = _filled(tensor, found[name], where, dtype)
+            put(module, local, filled[id(tensor), where])
     _run_from(model, checked, borrowed, device, dtype, preload_module_classes)
     return model
 
@@ -122,7 +123,11 @@ def dispatch_model(
             f"Expected a model that has its weights, but {', '.join(empty[:3])} have no values. To load them use"
             " load_checkpoint_and_dispatch."
         )
-    on_disk = {name: tensor for name, (_, _, tensor) in places.items() if place_of(name, checked) == "disk"}
+    on_disk = {
+        name: tensor
+        for name, (_, _, tensor) in places.items()
+        if place_of(name, checked) == "disk" and isinstance(tensor, nn.Parameter)  # a forward may change buffers
+    }
     borrowed: dict[str, Tensor] = {}
     if on_disk:
         if offload_dir is None:
@@ -132,18 +137,14 @@ def dispatch_model(
         save_safetensors(path, on_disk, {}, lambda _: None, max_shard_size=None)
         kept = open_safetensors(path).nest["state_dict"]
         borrowed = {name: kept[name] for name in on_disk}
-    moved: dict[int, Tensor] = {}
+    moved: dict[tuple[int, torch.device], Tensor] = {}  # tied tensors stay so where they are in one place
     for name, (module, local, tensor) in places.items():
         place = place_of(name, checked)
-        if place == "cpu" and device.type != "cpu":
+        if place == "cpu" and device.type != "cpu" and isinstance(tensor, nn.Parameter):
             borrowed[name] = tensor.detach().to("cpu")
         elif name not in borrowed:
-            where = device if place == "cpu" else as_device(place)
-            value = moved.setdefault(id(tensor), tensor.detach().to(where))
-            if isinstance(tensor, nn.Parameter):
-                tensor.data = value
-            else:
-                put(module, local, value)
+            where = device if place in ("cpu", "disk") else as_device(place)
+            put(module, local, moved.setdefault((id(tensor), where), _moved(tensor, where)))
     del on_disk, places
     _run_from(model, checked, borrowed, device, None, preload_module_classes)
     return model
@@ -246,7 +247,16 @@ def _filled(tensor: Tensor, source: Tensor, device: torch.device, dtype: torch.d
         with torch.no_grad():
             tensor.copy_(source.full() if isinstance(source, StoredTensor) else source)
         return tensor
-    value = read(source, device, dtype)
+    return _like(tensor, read(source, device, dtype))
+
+
+def _moved(tensor: Tensor, device: torch.device) -> Tensor:
+    """A model's tensor on a device: itself, if it is there."""
+    return tensor if tensor.device == device else _like(tensor, tensor.detach().to(device))
+
+
+def _like(tensor: Tensor, value: Tensor) -> Tensor:
+    """A value as a model's tensor is one: a parameter, or a buffer."""
     if not isinstance(tensor, nn.Parameter):
         return value
     made = nn.Parameter(value, requires_grad=tensor.requires_grad and value.is_floating_point())
@@ -272,9 +282,10 @@ def _run_from(
         Lender(borrowed, device, dtype).attach(model, together)
     if device.type == "cpu":
         return
-    for name, place in device_map.items():
-        where = place if isinstance(place, torch.device) else device
-        part = model.get_submodule(name) if name in dict(model.named_modules()) else None
-        if part is not None:
-            compute_on(part, where)
+    modules = dict(model.named_modules())
+    for name, part in modules.items():
+        place = place_of(name, device_map)
+        within = modules.get(name.rpartition(".")[0])
+        if name in device_map or (place is not None and isinstance(within, nn.ModuleList | nn.ModuleDict)):
+            compute_on(part, place if isinstance(place, torch.device) else device)
     compute_on(model, device)

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Hashable
 from dataclasses import dataclass
+from functools import cache
 from typing import Any
 
 import torch
@@ -84,7 +85,7 @@ class Shortcuts:
 
 def _key(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any], tensors: list[FakeTensor]) -> Hashable:
     """What the result follows from, and the tensors among it; None if that is not all."""
-    if type(func) is not OpOverload or func.namespace != "aten" or not _UNSAFE.isdisjoint(func.tags):
+    if not _may_be_shortened(func):
         return None
     found: list[Any] = [func]
     if not _add(args, found, tensors):
@@ -94,6 +95,13 @@ def _key(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any], tensors: list
         if not _add((value,), found, tensors):
             return None
     return tuple(found) if tensors else None
+
+
+@cache
+def _may_be_shortened(func: Any) -> bool:
+    if type(func) is not OpOverload or func.namespace != "aten" or not _UNSAFE.isdisjoint(func.tags):
+        return False
+    return not any(argument.is_out for argument in func._schema.arguments)  # which are given another size if need be
 
 
 def _add(values: Any, found: list[Any], tensors: list[FakeTensor]) -> bool:

@@ -227,3 +227,38 @@ def test_no_tensor_is_in_memory_twice(tmp_path: Path) -> None:
     # A quarter of a layer for what torch and Python take besides.
     assert 0.75 < on_disk < 1.25
     assert layers - 0.25 < loaded < layers + 0.25
+
+
+class Counting(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(2))
+        self.register_buffer("calls", torch.zeros((), dtype=torch.long))
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.calls += 1
+        return x * self.weight
+
+
+def test_what_a_forward_notes_in_buffers_stays(tmp_path: Path) -> None:
+    save_file({"weight": torch.full((2,), 3.0), "calls": torch.tensor(5)}, tmp_path / "model.safetensors")
+    with init_empty_weights():
+        model = Counting()
+    load_checkpoint_and_dispatch(model, tmp_path, {"": "disk"})
+    for _ in range(2):
+        assert model(torch.ones(2)).tolist() == [3.0, 3.0]
+    assert int(model.calls) == 7
+
+
+def test_a_hook_of_the_user_that_raises_spoils_nothing(checkpoint: Path, trained: Net) -> None:
+    model = empty()
+
+    def refuse(*_: object) -> None:
+        raise LookupError
+
+    handle = model.head.register_forward_pre_hook(refuse)
+    load_checkpoint_and_dispatch(model, checkpoint, {"": "disk"})
+    with pytest.raises(LookupError):
+        model(TOKENS)
+    handle.remove()
+    assert torch.equal(model(TOKENS), trained(TOKENS))
