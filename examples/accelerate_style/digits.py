@@ -7,7 +7,7 @@ from torch.utils.data import Dataset, TensorDataset, random_split
 
 
 def split_digits() -> tuple[Dataset, Dataset]:
-    """1437 and 360 pairs of an image ``[1, 8, 8]``, float32 in 0..1, and its label, int64 in 0..9."""
+    """1438 and 359 pairs of an image ``[1, 8, 8]``, float32 in 0..1, and its label, int64 in 0..9."""
     pixels, labels = load_digits(return_X_y=True)
     images = torch.tensor(pixels, dtype=torch.float32).view(-1, 1, 8, 8) / 16
     train, val = random_split(TensorDataset(images, torch.tensor(labels)), [0.8, 0.2], torch.Generator().manual_seed(0))
