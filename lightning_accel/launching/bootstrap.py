@@ -19,7 +19,7 @@ import traceback
 from importlib.machinery import SourceFileLoader
 from types import ModuleType, TracebackType
 
-from lightning_accel.launching import fabric_defaults
+from lightning_accel.launching import lightning_defaults
 from lightning_accel.launching.environment import ATTEMPT
 
 _OURS = {__file__, runpy.__file__, "<frozen runpy>"}
@@ -30,7 +30,7 @@ def main() -> None:
     kind, target, *arguments = sys.argv[1:]
     if ATTEMPT in os.environ:
         os.environ["TORCHELASTIC_RESTART_COUNT"] = os.environ.pop(ATTEMPT)
-    fabric_defaults.offer()
+    lightning_defaults.offer()
     faulthandler.enable()  # what crashes in C++ shows where it was
     sys.excepthook = _print
     try:
