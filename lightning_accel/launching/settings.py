@@ -41,7 +41,8 @@ class LaunchSettings:
     main_process_port: int | None = None
     """Port on machine 0 that the machines meet at. Default: 29500; on one machine any that is free."""
     gpu_ids: str = "all"
-    """The GPUs to use on this machine, such as 0,1; or all."""
+    """The GPUs to use on this machine, such as 0,1; or all. Where CUDA_VISIBLE_DEVICES is set, they are counted among
+    those that it names."""
     cpu: bool = False
     """Whether to train on the CPU although there are GPUs. The ranks do not see any then."""
     mixed_precision: str | None = None
@@ -139,8 +140,9 @@ class LaunchSettings:
             missing = sorted(number for number in named if number >= gpus)
             if missing:
                 raise ValueError(
-                    f"Expected gpu_ids to name GPUs of this machine, which has {gpus}, got"
-                    f" {', '.join(map(str, missing))} in {self.gpu_ids}."
+                    f"Expected gpu_ids to name GPUs of this machine, {gpus} of which can be seen here, got"
+                    f" {', '.join(map(str, missing))} in {self.gpu_ids}. Where CUDA_VISIBLE_DEVICES is set, they are"
+                    " counted from 0 among those that it names."
                 )
             usable = len(named)
         ranks = max(usable, 1) if self.num_processes is None else self.num_processes // self.num_machines
