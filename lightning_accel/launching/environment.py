@@ -13,8 +13,8 @@ import os
 
 from lightning_accel.launching.settings import LaunchSettings
 
-ATTEMPT = "ACCEL_LAUNCH_ATTEMPT"
-"""The variable that says how often all ranks have been started before."""
+LAUNCHER = "ACCEL_LAUNCHER_PID"
+"""The variable that says which process has started the ranks: they end with it."""
 
 
 def environment(settings: LaunchSettings, local_processes: int) -> dict[str, str]:

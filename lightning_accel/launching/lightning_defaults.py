@@ -1,7 +1,7 @@
 """In a rank of ``accel launch``: what Lightning's Trainer and Fabric take where the script says nothing.
 
 A Trainer has that by itself, from ``PL_TRAINER_*``, but takes "auto" for something that was said, and all that a
-LightningCLI fills in; on the CPU each rank would then train alone. Lightning's variables for Fabric, ``LT_*``, go before
+LightningCLI fills in; on the CPU each rank would train alone then. Its variables for Fabric, ``LT_*``, go before
 what a script says, objects included, or have ``fabric.launch()`` refused. So both take ``PL_TRAINER_*`` here where an
 argument is not given, or is what Lightning's default is.
 """
