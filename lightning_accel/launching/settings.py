@@ -212,7 +212,7 @@ def _gpus(name: str, value: object) -> None:
 
 
 def _precision(name: str, value: object) -> None:
-    if value not in MIXED_PRECISIONS:
+    if not isinstance(value, str) or value not in MIXED_PRECISIONS:
         near = difflib.get_close_matches(str(value).lower(), MIXED_PRECISIONS, n=1)
         hint = f" Did you mean {near[0]}?" if near else ""
         raise ValueError(f"Expected {name} to be one of {', '.join(MIXED_PRECISIONS)}, got {value!r}.{hint}")
