@@ -9,6 +9,7 @@ import signal
 import sys
 import tempfile
 import threading
+import zipfile
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from types import FrameType
@@ -195,6 +196,11 @@ def _require_exists(target: str, module: bool) -> None:
         raise ValueError(f"Expected a Python file, got the folder {target}. Name the script in it.")
     if not path.is_file():
         raise ValueError(f"Expected a Python file at {target}, found nothing. A module's name goes with --module.")
+    if path.suffix == ".pyc" or zipfile.is_zipfile(path):
+        raise ValueError(
+            f"Expected Python's source in {target}, got what is {'compiled' if path.suffix == '.pyc' else 'zipped'}."
+            " Name the source, or a module with --module if it can be imported."
+        )
 
 
 def _quieten() -> None:

@@ -7,6 +7,7 @@ import os
 import re
 import socket
 import time
+import zipfile
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -112,6 +113,16 @@ def test_bad_options(some: Path, options: Sequence[str], code: int, message: str
 def test_bad_scripts(some: Path) -> None:
     assert "Expected a Python file at nowhere.py, found nothing." in refused("nowhere.py")[1]
     assert f"Expected a Python file, got the folder {some.parent}." in refused(some.parent)[1]
+    (some.parent / "app.pyc").write_bytes(b"")
+    assert (
+        f"Expected Python's source in {some.parent}/app.pyc, got what is compiled."
+        in refused(some.parent / "app.pyc")[1]
+    )
+    with zipfile.ZipFile(some.parent / "app.zip", "w") as file:
+        file.writestr("__main__.py", "")
+    assert (
+        f"Expected Python's source in {some.parent}/app.zip, got what is zipped." in refused(some.parent / "app.zip")[1]
+    )
     assert "Missing argument 'SCRIPT'" in refused()[1]
 
 
