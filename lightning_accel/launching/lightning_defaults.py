@@ -56,7 +56,7 @@ def _wrap(kind: type[Any], precision: type[Any]) -> None:
                 kwargs[name] = _ARGUMENTS[name](value)
         stock(self, *args, **kwargs)
 
-    kind.__init__ = __init__  # type: ignore[misc]
+    kind.__init__ = __init__
 
 
 def _is(value: object, default: object) -> bool:
