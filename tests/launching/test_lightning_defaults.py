@@ -10,6 +10,7 @@ import pytest
 from lightning.fabric import Fabric
 from lightning.fabric.plugins import MixedPrecision, TorchCheckpointIO
 from lightning.pytorch import Trainer
+from lightning.pytorch.demos.boring_classes import BoringModel
 from lightning.pytorch.plugins import MixedPrecision as TrainerMixedPrecision
 
 from lightning_accel.launching.lightning_defaults import offer
@@ -80,6 +81,18 @@ def test_the_package_pytorch_lightning(monkeypatch: pytest.MonkeyPatch) -> None:
     package = pytest.importorskip("pytorch_lightning")
     monkeypatch.setenv("PL_TRAINER_STRATEGY", "ddp")
     assert package.Trainer(**QUIET, **AUTO).num_devices == 2
+
+
+def test_a_lightning_cli_which_passes_every_argument() -> None:
+    pytest.importorskip("jsonargparse")
+    make = importlib.import_module("lightning.pytorch.cli").LightningCLI
+    settings = {**QUIET, "max_steps": 1}
+    trainer = make(BoringModel, run=False, args=[], trainer_defaults=settings, seed_everything_default=False).trainer
+    assert trainer.strategy.row.name == "fsdp"
+    assert (trainer.num_devices, trainer.accumulate_grad_batches, trainer.gradient_clip_val) == (2, 4, 0.5)
+    args = ["--trainer.devices=1", "--trainer.accumulate_grad_batches=3"]
+    trainer = make(BoringModel, run=False, args=args, trainer_defaults=settings, seed_everything_default=False).trainer
+    assert (trainer.num_devices, trainer.accumulate_grad_batches) == (1, 3)
 
 
 def test_what_the_trainer_says_goes_first() -> None:
