@@ -244,9 +244,9 @@ def state(process: int) -> str:
 @pytest.mark.matrix
 @pytest.mark.skipif(sys.platform != "linux", reason="the kernel tells ranks of their launcher's end on Linux alone")
 def test_a_launcher_that_is_hung_up_on_and_killed(tmp_path: Path) -> None:
-    command = [sys.executable, "-m", "lightning_accel.cli", "launch", "--cpu", script(tmp_path, WAITING)]
+    command = [sys.executable, "-m", "lightning_accel.cli", "launch", "--cpu", str(script(tmp_path, WAITING))]
     launcher = subprocess.Popen(
-        [*command, tmp_path / "rank"],
+        [*command, str(tmp_path / "rank")],
         env={**os.environ, "PYTHONPATH": str(ROOT), "XDG_CONFIG_HOME": "/nowhere"},
         preexec_fn=lambda: signal.signal(signal.SIGHUP, signal.SIG_IGN),  # nohup
     )
