@@ -34,8 +34,10 @@ def bench(
         root = _checkout()
         command = [sys.executable, "-m", "benchmarks", *(arguments or [])]
         search = os.pathsep.join(filter(None, [str(root), os.environ.get("PYTHONPATH", "")]))
-        done = subprocess.run(command, env={**os.environ, "PYTHONPATH": search}, check=False)
-    raise typer.Exit(done.returncode if done.returncode >= 0 else 128 - done.returncode)
+        variables = {**os.environ, "PYTHONPATH": search}
+        if os.name == "posix":  # in place of this process, so that signals reach them and none is left behind
+            os.execve(sys.executable, command, variables)
+        raise typer.Exit(subprocess.run(command, env=variables, check=False).returncode)
 
 
 def _checkout() -> Path:

@@ -37,7 +37,8 @@ def config(
     """Ask how scripts are to be launched here, and write it to a file for `accel launch`.
 
     Every answer is checked at once. What the file says already is offered as the answer; a file of Hugging Face
-    Accelerate at that place becomes one of ours. On several machines write one file on each.
+    Accelerate at that place becomes one of ours, and one that cannot be read is replaced. On several machines write one
+    file on each.
 
     For example:
 
@@ -56,11 +57,19 @@ def config(
         if default:
             if path.exists() and not overwrite:
                 raise ValueError(f"Expected nothing at {path}, found a file. Use --overwrite to replace it.")
-            settings = LaunchSettings(num_processes=max(gpus, 1), cpu=not gpus)
+            settings = LaunchSettings(cpu=not gpus)  # how many ranks is found when they start
         else:
-            found = read(path if path.exists() else None)
-            say_what_is_left_out(found)
-            settings = _asked(found.settings if path.exists() else LaunchSettings(), gpus)
+            settings = LaunchSettings()
+            if path.exists():
+                try:
+                    found = read(path)
+                except ValueError as error:
+                    note = Text.assemble(("Note: ", "bold yellow"), f"{error} What you answer replaces the file.")
+                    console(stderr=True).print(note, soft_wrap=True)
+                else:
+                    say_what_is_left_out(found)
+                    settings = found.settings
+            settings = _asked(settings, gpus)
         write(settings, path)
     console().print(Text(f"Written: {path}"))
 

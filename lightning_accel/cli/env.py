@@ -13,16 +13,19 @@ import typer
 from rich.table import Table
 from rich.text import Text
 
-from lightning_accel.cli.console import console, readable_errors
+from lightning_accel.cli.console import console
 
 _PACKAGES = (
     *("lightning-accel", "torch", "lightning", "pytorch-lightning", "torchmetrics", "torchdata", "torchao"),
     *("torch_xla", "deepspeed", "accelerate", "transformers", "safetensors", "fsspec", "numpy"),
 )
-_VARIABLES = (
-    *("ACCEL_", "PL_TRAINER_", "LT_", "NCCL_", "GLOO_", "TORCH_", "OMP_", "MKL_", "CUDA_VISIBLE_", "MASTER_"),
-    *("SLURM_JOB_ID", "SLURM_NTASKS", "RANK", "LOCAL_RANK", "WORLD_SIZE", "XDG_CONFIG_HOME"),
-)
+_VARIABLES = {
+    *("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"),
+    *("LT_ACCELERATOR", "LT_STRATEGY", "LT_DEVICES", "LT_NUM_NODES", "LT_PRECISION"),
+    *("CUDA_VISIBLE_DEVICES", "OMP_NUM_THREADS"),
+}
+_PREFIXES = ("PL_TRAINER_", "ACCEL_", "NCCL_", "GLOO_", "TORCHELASTIC_")
+"""Of variables that are for nothing but training; with any other, what somebody else's begins with would be shown."""
 _GIB = 2**30
 
 
@@ -36,16 +39,24 @@ def env(
 ) -> None:
     """Print what a report of a problem should say: versions, devices, cores, memory, and the settings in use.
 
-    Values of environment variables are printed for torch, its back ends and Lightning only.
+    Of environment variables those are printed that are for ranks: torch's, its back ends', Lightning's, this package's.
+    Exits with 1 if the settings cannot be read, and says why in their place.
     """
     table = Table.grid(padding=(0, 2))
     table.add_column(style="bold")
     table.add_column(overflow="fold")
-    with readable_errors():
-        rows = {**_versions(), **_machine(), **_variables(), **_settings(config_file)}
+    rows = {**_versions(), **_machine(), **_variables()}
+    try:
+        rows |= _settings(config_file)
+        bad = False
+    except (ValueError, OSError) as error:
+        rows["settings"] = f"Error: {error}"
+        bad = True
     for name, value in rows.items():
         table.add_row(Text(name), Text(value))
     console().print(table)
+    if bad:
+        raise typer.Exit(1)
 
 
 def _versions() -> dict[str, str]:
@@ -80,7 +91,11 @@ def _machine() -> dict[str, str]:
 
 
 def _variables() -> dict[str, str]:
-    return {name: value for name, value in sorted(os.environ.items()) if name.startswith(_VARIABLES)}
+    return {name: value for name, value in sorted(os.environ.items()) if _is_shown(name)}
+
+
+def _is_shown(name: str) -> bool:
+    return name in _VARIABLES or name.startswith(_PREFIXES)
 
 
 def _settings(config_file: Path | None) -> dict[str, str]:

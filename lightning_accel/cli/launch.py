@@ -90,7 +90,8 @@ def launch(
         str | None,
         typer.Option(
             "--gpu_ids",
-            help="GPUs of this machine, such as 0,1. Default: all.",
+            help="GPUs of this machine, such as 0,1; among those of CUDA_VISIBLE_DEVICES, if that is set. Default:"
+            " all.",
             show_default=False,
             rich_help_panel="Where",
         ),

@@ -45,12 +45,13 @@ _FSDP_NO_CONSEQUENCE = {
     *("cpu_ram_efficient_loading", "limit_all_gathers"),
 }
 _DEEPSPEED_NO_CONSEQUENCE = {
-    *("zero3_init_flag", "zero3_save_16bit_model", "deepspeed_multinode_launcher", "deepspeed_hostfile"),
+    *("zero3_init_flag", "zero3_save_16bit_model"),
     *("offload_optimizer_nvme_path", "offload_param_nvme_path"),
 }
 
 _SHARD_SIZE = "lightning_accel.strategies.AccelFSDPStrategy(sharding='hybrid', shard_size=...) in the script says it"
 _OFFLOAD = "say it in the script: AccelZeROStrategy(offload=...) or AccelFSDPStrategy(offload=...)"
+_EACH = "run accel launch on each machine"
 _FSDP_SAY = {
     "offload_params": _OFFLOAD,
     "activation_checkpointing": "say it in the script: AccelFSDPStrategy(activation_checkpointing=True)",
@@ -64,6 +65,7 @@ _SAY = {
     "enable_cpu_affinity": "ranks are not bound to cores",
     "fp8_config": "mixed_precision fp8 is by torchao, with its own settings",
     "dynamo_config": "say it in the script: compile=True of any strategy",
+    "ipex_config": "there is nothing of Intel's extension for PyTorch here",
     "mpirun_config": "ranks are started by torchrun's agent on each machine",
     "rdzv_backend": "machines meet at main_process_ip and main_process_port",
 }
@@ -102,13 +104,16 @@ class _Translation:
     def __init__(self, found: Mapping[str, Any], where: str) -> None:
         self.found = found
         self.where = where
-        self.kind = str(found.get("distributed_type", "NO")).upper()
+        kind = found.get("distributed_type", "NO")
+        self.kind = "NO" if kind is False else str(kind).upper()  # YAML reads a bare NO as false
         self.settings: dict[str, Any] = {}
         self.left_out: list[str] = []
 
     def result(self) -> Translated:
         self._refuse()
         self.settings |= {name: self.found[name] for name in _SAME if self.found.get(name) is not None}
+        if self.settings.get("main_process_port") == 0 and self.settings.get("num_machines", 1) == 1:
+            del self.settings["main_process_port"]  # any that is free, as if nothing were said
         self._take_processes()
         self._take_precision()
         self._take_strategy()
@@ -188,22 +193,27 @@ class _Translation:
     def _copies(self, row: str) -> str:
         config = {name.removeprefix("parallelism_config_"): v for name, v in self._part("parallelism_config").items()}
         copies, shard = config.get("dp_replicate_size") or 1, config.get("dp_shard_size") or 1
+        if not isinstance(copies, int) or not isinstance(shard, int):
+            raise ValueError(
+                f"Expected whole numbers as dp_replicate_size and dp_shard_size in {self.where}, got {copies!r} and"
+                f" {shard!r}."
+            )
         if copies == 1:
             return row
         if shard == 1:
             return "accel_ddp"
         processes, machines = self.found.get("num_processes"), self.found.get("num_machines") or 1
-        if not isinstance(processes, int) or processes != shard * machines:
+        if processes != shard * machines:
             self.left_out.append(f"dp_shard_size={shard}: a copy is divided over one machine; {_SHARD_SIZE}.")
         return "accel_fsdp_hybrid"
 
     def _deepspeed(self) -> str:
-        config = dict(self._part("deepspeed_config"))
+        config = self._part("deepspeed_config")
         path = config.pop("deepspeed_config_file", None)
         if path not in (None, "none"):
             config |= self._read_deepspeed(str(path))
         stage = config.pop("zero_stage", 2)
-        if stage not in _ROW_OF_STAGE:
+        if not isinstance(stage, int) or stage not in _ROW_OF_STAGE:
             raise ValueError(f"Expected zero_stage 0 to 3 in {self.where}, got {stage!r}.")
         for ours in ("gradient_accumulation_steps", "gradient_clipping"):
             value = config.pop(ours, None)
@@ -217,7 +227,10 @@ class _Translation:
         for key in ("offload_optimizer_device", "offload_param_device"):
             if str(config.get(key) or "none").lower() == "none":
                 config.pop(key, None)
+        if config.get("deepspeed_multinode_launcher") == "standard":  # which is that
+            del config["deepspeed_multinode_launcher"]
         say = dict.fromkeys(("offload_optimizer_device", "offload_param_device"), _OFFLOAD)
+        say |= dict.fromkeys(("deepspeed_multinode_launcher", "deepspeed_hostfile"), _EACH)
         self._name("", config, _DEEPSPEED_NO_CONSEQUENCE, say)
         return _ROW_OF_STAGE[stage]
 
@@ -229,15 +242,15 @@ class _Translation:
             raise ValueError(f"Expected DeepSpeed's settings in {path}, which {self.where} names: {error}") from error
         if not isinstance(found, dict):
             raise ValueError(f"Expected names and values in {path}, got a {type(found).__name__}.")
-        zero = dict(found.pop("zero_optimization", {}))
+        zero = _names_and_values(found.pop("zero_optimization", None), "zero_optimization", path)
         config = {"zero_stage": zero.pop("stage", 0)}
         for kind in ("optimizer", "param"):
-            device = dict(zero.pop(f"offload_{kind}", None) or {}).get("device")
-            config[f"offload_{kind}_device"] = device
+            offload = _names_and_values(zero.pop(f"offload_{kind}", None), f"offload_{kind}", path)
+            config[f"offload_{kind}_device"] = offload.get("device")
         for number in ("gradient_accumulation_steps", "gradient_clipping"):
             config[number] = found.pop(number, None)
         for section, name in (("fp16", "fp16"), ("bf16", "bf16")):
-            enabled = dict(found.pop(section, None) or {}).get("enabled", False)
+            enabled = _names_and_values(found.pop(section, None), section, path).get("enabled", False)
             if enabled is True:
                 self.settings.setdefault("mixed_precision", name)
         # What is left is about its own optimizers, schedulers, buckets and reports; "auto" is what a script fills in.
@@ -256,6 +269,9 @@ class _Translation:
         compiler = rest.get("dynamo_config")
         if isinstance(compiler, dict) and str(compiler.get("dynamo_backend", "no")).lower() in ("no", "false"):
             del rest["dynamo_config"]
+        intel = rest.get("ipex_config")
+        if isinstance(intel, dict) and not any(intel.values()):
+            del rest["ipex_config"]
         self._name("", rest, set(), _SAY)
 
     def _name(self, prefix: str, config: Mapping[str, Any], no_consequence: set[str], say: Mapping[str, str]) -> None:
@@ -266,11 +282,17 @@ class _Translation:
             shown = "" if isinstance(value, (dict, list)) else f"={value}"
             self.left_out.append(f"{prefix}{name}{shown}: {why}.")
 
-    def _part(self, name: str) -> Mapping[str, Any]:
-        part = self.found.get(name) or {}
-        if not isinstance(part, dict):
-            raise ValueError(f"Expected names and values as {name} in {self.where}, got {part!r}.")
-        return part
+    def _part(self, name: str) -> dict[str, Any]:
+        return _names_and_values(self.found.get(name), name, self.where)
+
+
+def _names_and_values(part: object, name: str, where: str) -> dict[str, Any]:
+    """A copy of a part of a file; what is empty may be missing."""
+    if not part:
+        return {}
+    if not isinstance(part, dict) or not all(isinstance(key, str) for key in part):
+        raise ValueError(f"Expected names and values as {name} in {where}, got {part!r}.")
+    return dict(part)
 
 
 _TAKEN: tuple[str, ...] = (

@@ -8,29 +8,33 @@ fails is written down for the launcher, with the moment, by which that tells the
 from __future__ import annotations
 
 import builtins
+import contextlib
+import ctypes
 import faulthandler
 import io
 import json
 import os
 import runpy
+import signal
 import sys
 import time
 import traceback
 from importlib.machinery import SourceFileLoader
 from types import ModuleType, TracebackType
 
-from lightning_accel.launching import fabric_defaults
-from lightning_accel.launching.environment import ATTEMPT
+from lightning_accel.launching import lightning_defaults
+from lightning_accel.launching.environment import LAUNCHER
 
+_SET_DEATH_SIGNAL = 1
+"""PR_SET_PDEATHSIG of Linux."""
 _OURS = {__file__, runpy.__file__, "<frozen runpy>"}
 
 
 def main() -> None:
     """Run what the command line says."""
     kind, target, *arguments = sys.argv[1:]
-    if ATTEMPT in os.environ:
-        os.environ["TORCHELASTIC_RESTART_COUNT"] = os.environ.pop(ATTEMPT)
-    fabric_defaults.offer()
+    end_with(int(os.environ.pop(LAUNCHER, os.getppid())))
+    lightning_defaults.offer()
     faulthandler.enable()  # what crashes in C++ shows where it was
     sys.excepthook = _print
     try:
@@ -42,6 +46,32 @@ def main() -> None:
     except BaseException as error:
         _record(error)
         raise
+
+
+def end_with(launcher: int) -> None:
+    """Have the kernel end this process when the one that has started it is gone, which then cannot do it itself.
+
+    More exactly, when the thread is gone that has: that is the one that waits for the ranks. For Linux; elsewhere ranks
+    of a launcher that was killed go on.
+
+    Args:
+        launcher: The number of that process.
+
+    """
+    if sys.platform != "linux":
+        return
+    with contextlib.suppress(OSError, AttributeError):  # another libc
+        ctypes.CDLL(None).prctl(_SET_DEATH_SIGNAL, int(signal.SIGKILL), 0, 0, 0)
+    if os.getppid() != launcher and (os.getppid() == 1 or not _runs(launcher)):  # else this is under a wrapper
+        os.kill(os.getpid(), signal.SIGKILL)  # the launcher went before
+
+
+def _runs(process: int) -> bool:
+    try:
+        os.kill(process, 0)
+    except ProcessLookupError:
+        return False
+    return True
 
 
 def run_script(path: str, arguments: list[str]) -> None:
@@ -90,8 +120,11 @@ def _record(error: BaseException) -> None:
         "message": "".join(traceback.format_exception_only(type(error), error)).strip(),
         "extraInfo": {"py_callstack": "".join(lines), "timestamp": str(int(now)), "when": now},
     }
-    with open(path, "w", encoding="utf-8") as file:
+    # As a whole or not at all: this process may be ended while it writes.
+    part = f"{path}.part"
+    with open(part, "w", encoding="utf-8") as file:
         json.dump({"message": what}, file)
+    os.replace(part, path)
 
 
 if __name__ == "__main__":

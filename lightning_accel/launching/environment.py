@@ -2,7 +2,7 @@
 
 [Note: who reads what]
 ``ACCEL_*`` are the defaults of ``lightning_accel.Accelerator``. A Lightning Trainer takes each argument that the script
-does not give from ``PL_TRAINER_*``, and so does a Fabric here (see fabric_defaults.py). The numbers of devices and
+does not give from ``PL_TRAINER_*``, and so does a Fabric here (see lightning_defaults.py). The numbers of devices and
 machines are always told: in a rank of torchrun's, a Trainer that finds no other number than one device on the CPU would
 train alone, and say nothing.
 """
@@ -13,8 +13,8 @@ import os
 
 from lightning_accel.launching.settings import LaunchSettings
 
-ATTEMPT = "ACCEL_LAUNCH_ATTEMPT"
-"""The variable that says how often all ranks have been started before."""
+LAUNCHER = "ACCEL_LAUNCHER_PID"
+"""The variable that says which process has started the ranks: they end with it."""
 
 
 def environment(settings: LaunchSettings, local_processes: int) -> dict[str, str]:
@@ -38,7 +38,7 @@ def environment(settings: LaunchSettings, local_processes: int) -> dict[str, str
     if settings.cpu:
         found |= {"PL_TRAINER_ACCELERATOR": "cpu", "CUDA_VISIBLE_DEVICES": ""}
     elif settings.gpu_ids != "all":
-        found["CUDA_VISIBLE_DEVICES"] = settings.gpu_ids
+        found["CUDA_VISIBLE_DEVICES"] = _visible(settings.gpu_ids)
     return found
 
 
@@ -63,6 +63,15 @@ def cores() -> int:
     if hasattr(os, "sched_getaffinity"):
         return len(os.sched_getaffinity(0))
     return os.cpu_count() or 1
+
+
+def _visible(gpu_ids: str) -> str:
+    """GPUs that are counted among those that this process sees, as CUDA is to be told."""
+    seen = os.environ.get("CUDA_VISIBLE_DEVICES")
+    if not seen:
+        return gpu_ids
+    names = seen.split(",")
+    return ",".join(names[int(number)].strip() for number in gpu_ids.split(","))
 
 
 def _accel(settings: LaunchSettings) -> dict[str, str]:

@@ -8,6 +8,7 @@ with the addresses of ranks that are dead. So this is one of our own::
     opens the store at main_process_port   <------  connects, tries again until it is there
     settings of machine 0                  ------>  compares
     arrived/0                              <----->  arrived/1          each attempt; both wait for all
+begun                                                              a launch that comes later is another one
     ... ranks run; every poll looks for ...
     attempt                                <----->  a machine asks for the next attempt: the others join it
     failed/0                               <----->  a machine gives up: the others end, too
@@ -22,7 +23,6 @@ from __future__ import annotations
 import contextlib
 import errno
 import json
-import os
 import socket
 import time
 from collections.abc import Iterable, Iterator
@@ -37,8 +37,6 @@ from torch.distributed.elastic.rendezvous import (
 )
 from typing_extensions import override
 
-from lightning_accel.launching.environment import ATTEMPT
-
 _PREFIX = "accel_launch"
 _ANSWER = timedelta(seconds=60)
 """What one request to the store may take: it is on another machine, which may be busy."""
@@ -47,6 +45,8 @@ _CONNECT_S = 2.0
 _SILENT_S = 90.0
 """A machine that has said nothing for so long is gone. Its agent speaks at each look at its ranks, and ends those of an
 attempt, which takes half a minute if they do not want to, without looking."""
+_LISTEN_S = 3.0
+"""How often each machine listens to all others: what that costs machine 0 grows with the square of their number."""
 _FAREWELL_S = 5.0
 """How long a machine that has failed waits for the others to have seen it: the store ends with machine 0."""
 
@@ -79,6 +79,9 @@ class Meeting(RendezvousHandler):
         self._join_timeout = join_timeout
         self._worker_store: dist.TCPStore | None = None
         self._ended = False
+        self._heard: dict[int, tuple[float, str]] = {}
+        """When each of the others was last found to have spoken, and what it said."""
+        self._listens_at = 0.0
         if rank == 0 and port:
             require_free(port)
         self._server = self._open(port) if rank == 0 else None
@@ -123,7 +126,8 @@ class Meeting(RendezvousHandler):
         """Wait for all machines; the ranks of one attempt start together.
 
         Raises:
-            ValueError: If a machine does not come in time, another one has this machine's rank, or its settings.
+            ValueError: If a machine does not come in time, another one has this machine's rank, its settings differ, or
+                there is a launch at this address that runs already.
             RendezvousClosedError: If another machine has given up.
 
         """
@@ -133,8 +137,7 @@ class Meeting(RendezvousHandler):
         self._set(f"attempt/{attempt}", "")
         self._wait_for_all(attempt)
         self.attempt = attempt
-        # For the ranks, which inherit it: an agent's own count has only the failures that it saw itself.
-        os.environ[ATTEMPT] = str(attempt)
+        self._heard.clear()  # while they gathered nobody listened
         if attempt == 0:
             info = RendezvousStoreInfo(self.address, self.port)
         else:  # see [Note: the port of an attempt]
@@ -149,12 +152,13 @@ class Meeting(RendezvousHandler):
         """1 if another machine starts its ranks again: this one does, too.
 
         Raises:
-            RendezvousClosedError: If another machine has given up, or machine 0 has ended.
+            RendezvousClosedError: If another machine has given up or says nothing any more, or machine 0 has ended.
 
         """
         if self.machines == 1:
             return 0
         self._look()
+        self._listen()
         return int(self._has(f"attempt/{self.attempt + 1}"))
 
     @override
@@ -170,22 +174,16 @@ class Meeting(RendezvousHandler):
         """Wait until the other machines have ended, as the store ends with machine 0.
 
         Raises:
-            RendezvousClosedError: If one of them gives up.
+            RendezvousClosedError: If one of them gives up, or says nothing any more.
 
         """
         if self._ended or self._store is None or self.machines == 1:
             return True
         self._ended = True
         self._set(f"done/{self.rank}", "")
-        heard = {machine: (time.monotonic(), "") for machine in range(self.machines)}
-        while waiting := [m for m in range(self.machines) if m != self.rank and not self._has(f"done/{m}")]:
+        while any(not self._has(f"done/{machine}") for machine in self._others):
             self._look()
-            for machine in waiting:
-                beat = self._get(f"alive/{machine}") if self._has(f"alive/{machine}") else ""
-                if beat != heard[machine][1]:
-                    heard[machine] = time.monotonic(), beat
-                elif time.monotonic() - heard[machine][0] > _SILENT_S:
-                    raise RendezvousClosedError(f"machine {machine} has said nothing for {_SILENT_S:.0f} seconds")
+            self._listen()
             time.sleep(_POLL_S)
         if self.rank == 0:
             self._wait_for_others("gone/{}", seconds=_FAREWELL_S)
@@ -210,6 +208,12 @@ class Meeting(RendezvousHandler):
             self._wait_for_machine_0(deadline)
             store = self._connect()
         self._store = store = dist.PrefixStore(_PREFIX, store)
+        if self._has("begun"):
+            self._store = None  # nobody there is to hear of this machine
+            raise ValueError(
+                f"Expected a launch that still gathers at {self.address} port {self.port}, got one that runs; choose"
+                " another --main_process_port."
+            )
         if store.add(f"came/{self.rank}", 1) > 1:
             raise ValueError(
                 f"Expected each machine to have a rank of its own, got machine_rank={self.rank} twice. Give each"
@@ -268,6 +272,8 @@ class Meeting(RendezvousHandler):
                     f" port {self.port}. Run accel launch there; --join_timeout says how long to wait."
                 )
             time.sleep(_POLL_S)
+        if self.rank == 0 and attempt == 0:
+            self._set("begun", "")
 
     def _look(self) -> None:
         """Say that this machine is there, and raise if another one has given up."""
@@ -278,9 +284,26 @@ class Meeting(RendezvousHandler):
         for machine, message in failed.items():
             raise RendezvousClosedError(f"machine {machine} has given up: {message}")
 
+    def _listen(self) -> None:
+        """Raise if another machine, which has not finished, has said nothing for long."""
+        now = time.monotonic()
+        if now < self._listens_at:
+            return
+        self._listens_at = now + _LISTEN_S
+        for machine in self._others:
+            beat = self._get(f"alive/{machine}") if self._has(f"alive/{machine}") else ""
+            since, last = self._heard.get(machine, (now, ""))
+            if machine not in self._heard or beat != last:
+                self._heard[machine] = now, beat
+            elif now - since > _SILENT_S and not self._has(f"done/{machine}"):
+                raise RendezvousClosedError(f"machine {machine} has said nothing for {now - since:.0f} seconds")
+
+    @property
+    def _others(self) -> list[int]:
+        return [machine for machine in range(self.machines) if machine != self.rank]
+
     def _failures(self) -> dict[int, str]:
-        others = [machine for machine in range(self.machines) if machine != self.rank]
-        return {machine: self._get(f"failed/{machine}") for machine in others if self._has(f"failed/{machine}")}
+        return {machine: self._get(f"failed/{machine}") for machine in self._others if self._has(f"failed/{machine}")}
 
     def _wait_for_others(self, *keys: str, seconds: float) -> None:
         """Until each other machine that has come has set any of these, or time is up."""

@@ -41,7 +41,8 @@ class LaunchSettings:
     main_process_port: int | None = None
     """Port on machine 0 that the machines meet at. Default: 29500; on one machine any that is free."""
     gpu_ids: str = "all"
-    """The GPUs to use on this machine, such as 0,1; or all."""
+    """The GPUs to use on this machine, such as 0,1; or all. Where CUDA_VISIBLE_DEVICES is set, they are counted among
+    those that it names."""
     cpu: bool = False
     """Whether to train on the CPU although there are GPUs. The ranks do not see any then."""
     mixed_precision: str | None = None
@@ -139,8 +140,9 @@ class LaunchSettings:
             missing = sorted(number for number in named if number >= gpus)
             if missing:
                 raise ValueError(
-                    f"Expected gpu_ids to name GPUs of this machine, which has {gpus}, got"
-                    f" {', '.join(map(str, missing))} in {self.gpu_ids}."
+                    f"Expected gpu_ids to name GPUs of this machine, {gpus} of which can be seen here, got"
+                    f" {', '.join(map(str, missing))} in {self.gpu_ids}. Where CUDA_VISIBLE_DEVICES is set, they are"
+                    " counted from 0 among those that it names."
                 )
             usable = len(named)
         ranks = max(usable, 1) if self.num_processes is None else self.num_processes // self.num_machines
@@ -210,7 +212,7 @@ def _gpus(name: str, value: object) -> None:
 
 
 def _precision(name: str, value: object) -> None:
-    if value not in MIXED_PRECISIONS:
+    if not isinstance(value, str) or value not in MIXED_PRECISIONS:
         near = difflib.get_close_matches(str(value).lower(), MIXED_PRECISIONS, n=1)
         hint = f" Did you mean {near[0]}?" if near else ""
         raise ValueError(f"Expected {name} to be one of {', '.join(MIXED_PRECISIONS)}, got {value!r}.{hint}")

@@ -17,7 +17,7 @@ from lightning_accel.launching.settings import LaunchSettings
 
 _HEADER = """\
 # How accel launch starts scripts. Options on its command line go before what is here.
-# `accel launch --help` says what each setting means; `accel config` asks for all of them.
+# Settings have the names of its options: `accel launch --help` says what each means. `accel config` asks for most.
 """
 
 

@@ -28,7 +28,7 @@ def accel(*arguments: str | Path, answers: list[str] | None = None) -> Result:
 
 def test_defaults_are_written_once() -> None:
     assert accel("config", "--default").output == f"Written: {default_path()}\n"
-    assert read().settings == LaunchSettings(num_processes=1, cpu=True)
+    assert read().settings == LaunchSettings(cpu=True)  # not the ranks: a machine may get more GPUs
     again = accel("config", "--default")
     assert again.exit_code == 1
     assert f"Expected nothing at {default_path()}, found a file. Use --overwrite to replace it." in again.stderr
@@ -83,7 +83,8 @@ def test_questions_that_are_not_answered_write_nothing() -> None:
 
 def test_env(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("NCCL_DEBUG", "INFO")
-    monkeypatch.setenv("SECRET", "never shown")
+    for name in ("SECRET", "TORCH_SECRET", "LT_TOKEN", "RANK_TOKEN", "MASTER_KEY", "OMP_KEY"):
+        monkeypatch.setenv(name, "never shown")
     (tmp_path / "a.yaml").write_text("distributed_type: MULTI_GPU\nnum_processes: 2\ndowncast_bf16: true\n")
     result = accel("env", "--config-file", tmp_path / "a.yaml")
     assert result.exit_code == 0
@@ -93,6 +94,24 @@ def test_env(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     assert "not taken over downcast_bf16=True" in result.output.replace("  ", " ").replace("  ", " ")
     assert "never shown" not in result.output
     assert f"the defaults; there is no {default_path()}" in accel("env").output
+
+
+def test_env_with_a_file_that_cannot_be_read() -> None:
+    default_path().parent.mkdir(parents=True)
+    default_path().write_text("num_procs: 2\n")
+    result = accel("env")
+    assert result.exit_code == 1
+    assert torch.__version__ in result.output
+    assert "'num_procs' (did you mean 'num_processes'?)" in result.output
+
+
+def test_a_file_that_cannot_be_read_is_replaced() -> None:
+    default_path().parent.mkdir(parents=True)
+    default_path().write_text("num_procs: 2\n")
+    result = accel("config", answers=["1", "y", "3", "", "", "", ""])
+    assert result.exit_code == 0, result.output
+    assert "What you answer replaces the file." in result.output
+    assert read().settings == LaunchSettings(num_processes=3, cpu=True)
 
 
 def test_bench_outside_of_a_checkout(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

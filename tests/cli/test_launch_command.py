@@ -5,8 +5,12 @@ from __future__ import annotations
 import json
 import os
 import re
+import signal
 import socket
+import subprocess
+import sys
 import time
+import zipfile
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -35,7 +39,7 @@ if __name__ == "__main__":
     parser.add_argument("--out", required=True)
     parser.add_argument("--strategy")
     arguments = parser.parse_args()
-    named = {"strategy": arguments.strategy} if arguments.strategy else {}
+    named = dict(accelerator="auto", devices="auto", strategy=arguments.strategy or "auto")  # as a LightningCLI does
     quiet = dict.fromkeys(["logger", "enable_checkpointing", "enable_progress_bar", "enable_model_summary"], False)
     pl.seed_everything(1)
     trainer = pl.Trainer(max_steps=3, **quiet, **named)
@@ -66,6 +70,14 @@ if dist.get_rank() == 1:
         os.kill(os.getpid(), signal.SIGKILL)
     raise LookupError("no more luck")
 dist.barrier()
+"""
+
+
+WAITING = """
+import os, sys, time
+with open(sys.argv[1], "w") as file:
+    file.write(str(os.getpid()))
+time.sleep(300)
 """
 
 
@@ -112,6 +124,16 @@ def test_bad_options(some: Path, options: Sequence[str], code: int, message: str
 def test_bad_scripts(some: Path) -> None:
     assert "Expected a Python file at nowhere.py, found nothing." in refused("nowhere.py")[1]
     assert f"Expected a Python file, got the folder {some.parent}." in refused(some.parent)[1]
+    (some.parent / "app.pyc").write_bytes(b"")
+    assert (
+        f"Expected Python's source in {some.parent}/app.pyc, got what is compiled."
+        in refused(some.parent / "app.pyc")[1]
+    )
+    with zipfile.ZipFile(some.parent / "app.zip", "w") as file:
+        file.writestr("__main__.py", "")
+    assert (
+        f"Expected Python's source in {some.parent}/app.zip, got what is zipped." in refused(some.parent / "app.zip")[1]
+    )
     assert "Missing argument 'SCRIPT'" in refused()[1]
 
 
@@ -201,3 +223,45 @@ def test_a_module_and_a_signal(tmp_path: Path) -> None:
     assert done.stdout == "package --x 1\n"
     assert done.returncode == 134
     assert "Rank 0 failed: it was killed by SIGABRT" in done.stderr
+
+
+def written(path: Path) -> int:
+    end = time.monotonic() + 120
+    while not (path.exists() and path.read_text()):
+        assert time.monotonic() < end
+        time.sleep(0.05)
+    return int(path.read_text())
+
+
+def state(process: int) -> str:
+    """One letter of Linux's; empty if it is gone."""
+    try:
+        return Path(f"/proc/{process}/stat").read_text().rpartition(")")[2].split()[0]
+    except FileNotFoundError:
+        return ""
+
+
+@pytest.mark.matrix
+@pytest.mark.skipif(sys.platform != "linux", reason="the kernel tells ranks of their launcher's end on Linux alone")
+def test_a_launcher_that_is_hung_up_on_and_killed(tmp_path: Path) -> None:
+    command = [sys.executable, "-m", "lightning_accel.cli", "launch", "--cpu", str(script(tmp_path, WAITING))]
+    launcher = subprocess.Popen(
+        [*command, str(tmp_path / "rank")],
+        env={**os.environ, "PYTHONPATH": str(ROOT), "XDG_CONFIG_HOME": "/nowhere"},
+        preexec_fn=lambda: signal.signal(signal.SIGHUP, signal.SIG_IGN),  # nohup
+    )
+    try:
+        rank = written(tmp_path / "rank")
+        launcher.send_signal(signal.SIGHUP)
+        time.sleep(2)
+        assert launcher.poll() is None
+        assert state(rank) not in ("", "Z")
+        launcher.kill()
+        launcher.wait()
+        end = time.monotonic() + 10
+        while state(rank) not in ("", "Z") and time.monotonic() < end:
+            time.sleep(0.05)
+        assert state(rank) in ("", "Z")
+    finally:
+        launcher.kill()
+        launcher.wait()

@@ -196,6 +196,17 @@ def test_a_file_of_deepspeed(tmp_path: Path) -> None:
     assert any(text.startswith("offload_param_device=cpu:") for text in result.left_out)
 
 
+@pytest.mark.parametrize(
+    "theirs",
+    [{"zero_optimization": [3]}, {"zero_optimization": {"stage": 3, "offload_param": "cpu"}}, {"bf16": True}],
+)
+def test_a_file_of_deepspeed_of_another_shape(tmp_path: Path, theirs: dict[str, Any]) -> None:
+    (tmp_path / "ds.json").write_text(json.dumps(theirs))
+    text = base("DEEPSPEED") + f"deepspeed_config:\n  deepspeed_config_file: {tmp_path}/ds.json\n"
+    with pytest.raises(ValueError, match="Expected names and values as"):
+        found(tmp_path, text)
+
+
 def test_what_cannot_be_taken_over_is_named(tmp_path: Path) -> None:
     text = base("MULTI_GPU").replace("static", "c10d")
     text += "dynamo_config:\n  dynamo_backend: INDUCTOR\nmpirun_config: {}\nfp8_config: {backend: TE}\n"
@@ -204,9 +215,32 @@ def test_what_cannot_be_taken_over_is_named(tmp_path: Path) -> None:
     assert found(tmp_path, base("MULTI_GPU") + "dynamo_config:\n  dynamo_backend: 'NO'\n").left_out == ()
 
 
+def test_launchers_and_extensions_are_named(tmp_path: Path) -> None:
+    text = base("DEEPSPEED") + DEEPSPEED.format(stage=2) + "  deepspeed_hostfile: hosts\n"
+    result = found(tmp_path, text + "  deepspeed_multinode_launcher: pdsh\nipex_config: {ipex: true}\n")
+    assert "deepspeed_multinode_launcher=pdsh: run accel launch on each machine." in result.left_out
+    assert "deepspeed_hostfile=hosts: run accel launch on each machine." in result.left_out
+    assert any(sentence.startswith("ipex_config:") for sentence in result.left_out)
+    quiet = "  deepspeed_multinode_launcher: standard\nipex_config: {ipex: false, use_xpu: false}\n"
+    result = found(tmp_path, base("DEEPSPEED") + DEEPSPEED.format(stage=2) + quiet)
+    assert not any("launcher" in sentence or "ipex" in sentence for sentence in result.left_out)
+
+
+def test_what_yaml_and_accelerate_write_in_other_ways(tmp_path: Path) -> None:
+    settings = found(tmp_path, "distributed_type: NO\nmain_process_port: 0\nmixed_precision: no\n").settings
+    assert settings.changed() == {"num_processes": 1, "mixed_precision": "no"}
+
+
 @pytest.mark.parametrize(
     ("text", "message"),
     [
+        (base("DEEPSPEED") + "deepspeed_config: {zero_stage: [2]}\n", "Expected zero_stage 0 to 3"),
+        (base("MULTI_GPU", precision="[bf16]"), "Expected mixed_precision to be one of no, fp16, bf16, fp8, got"),
+        (base("MULTI_GPU") + "main_process_ip: [a]\n", "Expected main_process_ip to be text, got ['a']"),
+        (
+            base("FSDP") + FSDP2.format(reshard="true") + "parallelism_config: {dp_replicate_size: [2]}\n",
+            "Expected whole numbers as dp_replicate_size and dp_shard_size",
+        ),
         (base("MEGATRON_LM"), "got MEGATRON_LM: tensor and pipeline parallelism of Megatron-LM are not offered"),
         (base("XLA"), "got XLA: TPUs by torch_xla are not launched by this command"),
         (base("MULTI_NPU"), "got MULTI_NPU: there is no such kind of training here"),

@@ -45,11 +45,14 @@ def test_everything() -> None:
     }
 
 
-def test_gpus() -> None:
+def test_gpus(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
     found = environment(LaunchSettings(gpu_ids="1,3", mixed_precision="fp8"), 2)
     assert found["CUDA_VISIBLE_DEVICES"] == "1,3"
     assert found["ACCEL_MIXED_PRECISION"] == "fp8"
     assert found["PL_TRAINER_PRECISION"] == "fp8-mixed"
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "4,GPU-5a, 6,7")
+    assert environment(LaunchSettings(gpu_ids="2,1"), 2)["CUDA_VISIBLE_DEVICES"] == "6,GPU-5a"
 
 
 def test_threads(monkeypatch: pytest.MonkeyPatch) -> None:

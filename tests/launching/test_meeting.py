@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import socket
 import threading
+import time
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any
@@ -114,6 +115,33 @@ def test_two_machines_of_one_rank() -> None:
     parts = part(0, port, 3, timeout=1.0), part(1, port, 3, timeout=1.0), part(1, port, 3, timeout=1.0)
     said = " ".join(str(future.exception()) for future in at_once(*(each.next_rendezvous for each in parts)))
     assert "Expected each machine to have a rank of its own, got machine_rank=1 twice" in said
+
+
+def test_another_launch_at_the_place_of_one_that_runs() -> None:
+    first, second = met()
+    stray = part(1, first.port)
+    with pytest.raises(
+        ValueError, match=f"launch that still gathers at 127.0.0.1 port {first.port}, got one that runs"
+    ):
+        stray.next_rendezvous()
+    assert stray.fail("nobody hears it") == {}
+    assert first.num_nodes_waiting() == second.num_nodes_waiting() == 0
+
+
+def test_a_machine_that_is_lost(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("lightning_accel.launching.meeting._SILENT_S", 0.6)
+    monkeypatch.setattr("lightning_accel.launching.meeting._LISTEN_S", 0.05)
+    first, second = met()
+    begin = time.monotonic()
+    while time.monotonic() < begin + 1.0:
+        assert first.num_nodes_waiting() == second.num_nodes_waiting() == 0
+
+    def run() -> None:
+        while time.monotonic() < begin + 10.0:
+            first.num_nodes_waiting()
+
+    with pytest.raises(RendezvousClosedError, match="machine 1 has said nothing"):
+        run()
 
 
 def test_machines_that_were_told_otherwise() -> None:

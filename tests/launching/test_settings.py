@@ -81,7 +81,7 @@ def test_ranks_of_a_machine(given: dict[str, Any], gpus: int, ranks: int) -> Non
     [
         ({"num_processes": 3}, 2, "Expected a GPU for each rank, got 3 ranks on this machine and 2 GPUs"),
         ({"num_processes": 2, "gpu_ids": "1"}, 2, "got 2 ranks on this machine and 1 GPUs"),
-        ({"gpu_ids": "0,5,7"}, 2, "Expected gpu_ids to name GPUs of this machine, which has 2, got 5, 7 in 0,5,7"),
+        ({"gpu_ids": "0,5,7"}, 2, "name GPUs of this machine, 2 of which can be seen here, got 5, 7 in 0,5,7"),
     ],
 )
 def test_too_few_gpus(given: dict[str, Any], gpus: int, message: str) -> None:

@@ -1,0 +1,69 @@
+"""In a rank of ``accel launch``: what Lightning's Trainer and Fabric take where the script says nothing.
+
+A Trainer has that by itself, from ``PL_TRAINER_*``, but takes "auto" for something that was said, and all that a
+LightningCLI fills in; on the CPU each rank would train alone then. Its variables for Fabric, ``LT_*``, go before
+what a script says, objects included, or have ``fabric.launch()`` refused. So both take ``PL_TRAINER_*`` here where an
+argument is not given, or is what Lightning's default is.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import importlib.util
+import inspect
+import os
+from collections.abc import Callable
+from typing import Any
+
+from lightning.fabric import Fabric
+from lightning.fabric.plugins import Precision
+from lightning.pytorch import Trainer
+
+_ARGUMENTS: dict[str, Callable[[str], str | int | float]] = {
+    **dict.fromkeys(("accelerator", "strategy", "precision"), str),
+    **dict.fromkeys(("devices", "num_nodes", "accumulate_grad_batches"), int),
+    "gradient_clip_val": float,
+}
+
+
+def offer() -> None:
+    """Have every Trainer and Fabric that is made from now on take what it is not given from the environment."""
+    _wrap(Fabric, Precision)
+    _wrap(Trainer, Precision)
+    # The package of that name has classes of its own.
+    if importlib.util.find_spec("pytorch_lightning") is not None:
+        with contextlib.suppress(ImportError):
+            import pytorch_lightning
+            from pytorch_lightning.plugins import Precision as Other
+
+            _wrap(pytorch_lightning.Trainer, Other)
+
+
+def _wrap(kind: type[Any], precision: type[Any]) -> None:
+    stock = kind.__init__
+    defaults = {name: each.default for name, each in inspect.signature(stock).parameters.items() if name in _ARGUMENTS}
+
+    @functools.wraps(stock)
+    def __init__(self: Any, *args: Any, **kwargs: Any) -> None:
+        for name, default in defaults.items():
+            value = os.environ.get(f"PL_TRAINER_{name.upper()}", "")
+            if not value or (name in kwargs and not _is(kwargs[name], default)):
+                continue
+            if name == "precision" and _has(kwargs.get("plugins"), precision):
+                kwargs[name] = default  # plugins say what it is, and then nobody else must
+            else:
+                kwargs[name] = _ARGUMENTS[name](value)
+        stock(self, *args, **kwargs)
+
+    kind.__init__ = __init__
+
+
+def _is(value: object, default: object) -> bool:
+    """Whether a value is the default; only text and numbers are compared, as objects may answer anything."""
+    return value is None if default is None else type(value) in (str, int) and value == default
+
+
+def _has(plugins: Any, kind: type[Any]) -> bool:
+    listed = plugins if isinstance(plugins, (list, tuple)) else [plugins]
+    return any(isinstance(plugin, kind) for plugin in listed)
