@@ -123,3 +123,9 @@ def test_the_large_model_has_about_23_million_parameters() -> None:
     with torch.device("meta"):
         module = build_model(Config())
     assert sum(parameter.numel() for parameter in module.parameters()) == pytest.approx(23e6, rel=0.02)
+
+
+def test_a_loss_near_zero_is_held_to_a_tenth_of_the_first() -> None:
+    expected = [2.5, 0.2, 1.57080e-4]
+    assert check_losses([[2.5, 0.2, 1.57077e-4]], expected, TOLERANCE).passed  # 2e-5 of it: what rounding leaves
+    assert not check_losses([[2.5, 0.2, 1.6e-4]], expected, TOLERANCE).passed
