@@ -1,7 +1,7 @@
 """What the ranks of ``accel launch`` are told, beside torchrun's own variables.
 
 [Note: who reads what]
-``ACCEL_*`` are the defaults of ``lightning_accel.Accelerator``. A Lightning Trainer takes each argument that the script
+``ACCEL_*`` are the defaults of ``lightning_accel.Accelerator``, ``ACCELERATE_*`` those of Hugging Face's. A Lightning Trainer takes each argument that the script
 does not give from ``PL_TRAINER_*``, and so does a Fabric here (see lightning_defaults.py). The numbers of devices and
 machines are always told: in a rank of torchrun's, a Trainer that finds no other number than one device on the CPU would
 train alone, and say nothing.
@@ -81,5 +81,9 @@ def _accel(settings: LaunchSettings) -> dict[str, str]:
         "ACCEL_CPU": "1" if settings.cpu else None,
         "ACCEL_GRADIENT_ACCUMULATION_STEPS": settings.gradient_accumulation_steps,
         "ACCEL_DEBUG_MODE": "1" if settings.debug else None,
+        # Accelerate's own: told nothing, its ranks train alone on the CPU, and so does what stands on it.
+        "ACCELERATE_USE_CPU": "true" if settings.cpu else None,
+        "ACCELERATE_MIXED_PRECISION": settings.mixed_precision,
+        "ACCELERATE_GRADIENT_ACCUMULATION_STEPS": settings.gradient_accumulation_steps,
     }
     return {name: str(value) for name, value in found.items() if value is not None}

@@ -54,6 +54,8 @@ def first_failure(failures: Mapping[int, ProcessFailure]) -> Failure:
     else:
         what, trace = f"it exited with code {failure.exitcode}, without an exception", ""
     code = failure.exitcode if failure.exitcode > 0 else 128 - failure.exitcode
+    if trace:
+        code = 1  # as Python exits after an exception, also if the agent was quicker to end it
     return Failure(rank, len(failures), code, what, trace)
 
 

@@ -41,6 +41,9 @@ def test_everything() -> None:
         "ACCEL_CPU": "1",
         "ACCEL_DEBUG_MODE": "1",
         "ACCEL_GRADIENT_ACCUMULATION_STEPS": "4",
+        "ACCELERATE_USE_CPU": "true",
+        "ACCELERATE_MIXED_PRECISION": "bf16",
+        "ACCELERATE_GRADIENT_ACCUMULATION_STEPS": "4",
         "CUDA_VISIBLE_DEVICES": "",
     }
 
