@@ -129,7 +129,8 @@ class ShardedLoader(LoaderView):
         """The batches of an epoch without the first few.
 
         Args:
-            skipped: How many of this rank's are left out; those of other ranks are, too.
+            skipped: How many of this rank's are left out, from the epoch's start on; those of other ranks are, too.
+                What a loaded state is already behind counts among them.
 
         """
         passing = self._begin(skipped)
@@ -165,6 +166,8 @@ class ShardedLoader(LoaderView):
             began, position, mark = loaded["began"], loaded["position"], loaded["mark"]
             if mark is not None and loaded["ranks"] != self.ranks and self._feed.is_indexed:
                 mark = {**mark, "state": None}
+            # From the epoch's start on: what was handed out before the state was saved is left out already.
+            skipped = max(0, skipped - position // self._feed.per_round)
         keeps_place = mark is not None and mark["state"] is not None
         if self._feed.is_indexed:
             position += skipped * self._feed.per_round if loaded is None else 0
