@@ -387,7 +387,10 @@ class Accelerator(Records):
 
         """
         engines = [self._engine_of(model) for model in models or self._prepared.models]
-        if self._accumulation.advance(ends=self._loaders.at_end):
+        closes = self._accumulation.advance(ends=self._loaders.at_end)
+        for optimizer in self._prepared.optimizers:
+            optimizer.enter_window()
+        if closes:
             yield
             return
         with ExitStack() as stack:
@@ -494,7 +497,7 @@ class Accelerator(Records):
             False,  # norms of all ranks' parts are what it is given
             self._prepared.engines[0].engine.mesh.shard,
             together.dtype,
-            skipped=any(optimizer.added.overflowed for optimizer in optimizers),
+            skipped=all(optimizer.added.overflowed for optimizer in optimizers),  # else one would step unclipped
         )
 
     def clip_grad_value_(self, parameters: Any, clip_value: float) -> None:

@@ -42,14 +42,17 @@ class PreparedScheduler:
     def step(self, *args: Any, **kwargs: Any) -> None:
         """Call after ``optimizer.step()``, for every micro-batch.
 
-        Nothing happens while gradients accumulate, and when the scaler has skipped the optimizer's step. A schedule
+        Nothing happens while gradients accumulate, in a window in which the optimizer was not stepped, and when the
+        scaler has skipped the optimizer's step. A schedule
         that has an end (``total_steps``) stays there: the ranks' last batches may be more than there are samples.
         ``ReduceLROnPlateau`` is told a metric, which counts once, on any number of ranks.
         """
         if isinstance(self.scheduler, ReduceLROnPlateau) or not self._with_optimizer:
             self.scheduler.step(*args, **kwargs)
             return
-        if not self._accumulation.sync_gradients or any(o.step_was_skipped for o in self.optimizers):
+        if not self._accumulation.sync_gradients:
+            return
+        if not any(o.has_stepped for o in self.optimizers) or any(o.step_was_skipped for o in self.optimizers):
             return
         for _ in range(self._times):
             total = getattr(self.scheduler, "total_steps", None)

@@ -76,6 +76,7 @@ def test_the_innermost_loader_counts() -> None:
 class Steps:
     """All that a schedule asks of a prepared optimizer."""
 
+    has_stepped = True
     step_was_skipped = False
 
 
@@ -103,11 +104,12 @@ def test_a_schedule_stays_at_its_end() -> None:
 def test_a_schedule_waits_for_real_steps() -> None:
     scheduler, accumulation, steps, _ = scheduled("ExponentialLR", 2, gamma=0.5)
     rates = []
-    for sync, skipped in [(True, False), (False, False), (True, True), (True, False)]:
-        accumulation.sync_gradients, steps.step_was_skipped = sync, skipped
+    for sync, stepped, skipped in [(1, 1, 0), (0, 1, 0), (1, 1, 1), (1, 0, 0), (1, 1, 0)]:
+        accumulation.sync_gradients = bool(sync)
+        steps.has_stepped, steps.step_was_skipped = bool(stepped), bool(skipped)
         scheduler.step()
         rates += scheduler.get_last_lr()
-    assert rates == [0.25, 0.25, 0.25, 0.0625]
+    assert rates == [0.25, 0.25, 0.25, 0.25, 0.0625]
 
 
 def test_a_metric_counts_once() -> None:
