@@ -34,6 +34,9 @@ def saved_models(row: str, folder: str) -> tuple[dict[str, Tensor], dict[str, Te
     accelerator.save_model(model, folder, max_shard_size=500)
     accelerator.save_model(model, f"{folder}/binary", safe_serialization=False)
     state = accelerator.get_state_dict(model)
+    unwrapped = accelerator.get_state_dict(accelerator.unwrap_model(model))
+    assert state.keys() == unwrapped.keys()
+    assert all(torch.equal(unwrapped[name], value) for name, value in state.items())
     return values(net), state, accelerator.unwrap_model(model) is net
 
 
