@@ -111,7 +111,8 @@ class ShardedLoader(LoaderView):
         are, or nobody knows."""
         self.joining: Joins | None = None
         """Where ranks may have different numbers of batches: what has them end together."""
-        self._passing: Pass | None = None
+        self._passing: Pass | None = None  # what a state is of
+        self._latest: Pass | None = None
         self._loaded: Mapping[str, Any] | None = None  # what to go on from
 
     # --------------------------------------------------------------- iteration
@@ -134,7 +135,7 @@ class ShardedLoader(LoaderView):
 
         """
         passing = self._begin(skipped)
-        self._passing = passing
+        self._passing = self._latest = passing
         self.end_of_dataloader, self.remainder = False, -1
         if self.watcher is not None:
             self.watcher.began(self)
@@ -148,11 +149,11 @@ class ShardedLoader(LoaderView):
                     batch = to_device(batch, self.device, non_blocking=self.non_blocking)
                 yield batch
         finally:
-            if self._passing is passing:
+            if self._latest is passing:  # not an older one that is given up only now
                 self._passing = None
                 self.end_of_dataloader, self.remainder = False, -1
-            if self.watcher is not None:
-                self.watcher.ended(self)
+                if self.watcher is not None:
+                    self.watcher.ended(self)
 
     def _begin(self, skipped: int) -> Pass:
         """The pass that comes next."""
