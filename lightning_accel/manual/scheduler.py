@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-from torch.optim.lr_scheduler import ReduceLROnPlateau
+from torch.optim.lr_scheduler import OneCycleLR, ReduceLROnPlateau
 
 from lightning_accel.manual.accumulation import Accumulation
 from lightning_accel.manual.optimizer import PreparedOptimizer
@@ -55,8 +55,10 @@ class PreparedScheduler:
         if not any(o.has_stepped for o in self.optimizers) or any(o.step_was_skipped for o in self.optimizers):
             return
         for _ in range(self._times):
-            total = getattr(self.scheduler, "total_steps", None)
-            if total is None or self.scheduler.last_epoch < total:
+            end = getattr(self.scheduler, "total_steps", None)
+            if end is not None and isinstance(self.scheduler, OneCycleLR):
+                end -= 1  # where its lowest rate is: torch allows one more step, which may lead to a negative one
+            if end is None or self.scheduler.last_epoch < end:
                 self.scheduler.step(*args, **kwargs)
 
     def state_dict(self) -> dict[str, Any]:
