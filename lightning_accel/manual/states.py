@@ -113,16 +113,21 @@ class States:
         """Wait until all ranks are here. See [Note: every rank].
 
         Raises:
-            RuntimeError: If some do not come.
+            RuntimeError: If some do not come, or each rank has a model of its own.
 
         """
+        if any(module.engine.mesh.world.ranks < self._peers.ranks for module in self._prepared.engines):
+            raise RuntimeError(
+                f"Expected {doing} outside of a LocalSGD block, got it within one: each process has a model of its own"
+                " there, and the checkpoint would have one of them. Call it after the block."
+            )
         absent = absent_within(self._patience_s)  # over all ranks, whatever models there are
         if absent is not None:
             who = f"process{'es' if len(absent) > 1 else ''} {', '.join(map(str, absent))}" if absent else "some"
             raise RuntimeError(
                 f"Expected every process to call {doing}, but process {self._peers.rank} has waited"
-                f" {self._patience_s:g} s at most and not all of them came: {who} did not. Each has a part of the state:"
-                " call it on all processes, not within `if accelerator.is_main_process`."
+                f" {self._patience_s:g} s at most and not all of them came: {who} did not. Each has a part of the"
+                " state: call it on all processes, not within `if accelerator.is_main_process`."
             )
 
     # -------------------------------------------------------------------- save
