@@ -49,7 +49,7 @@ class PreparedOptimizer(_FabricOptimizer):
 
     def enter_window(self) -> None:
         """Drop the gradients of a window that is over without a step, if ``zero_grad`` was called in it."""
-        if self._asked is not None and self._asked < self._accumulation.window:
+        if self._asked is not None and self._accumulation.is_over(self._asked):
             self.drop()
 
     def drop(self) -> None:

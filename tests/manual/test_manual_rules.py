@@ -48,6 +48,25 @@ def test_windows_go_on_over_loaders_without_an_end() -> None:
     assert accumulation.window == 3
 
 
+def test_models_that_are_trained_in_turns_have_windows_of_their_own() -> None:
+    accumulation = Accumulation(2)
+    found = []
+    for step in range(5):
+        for model in "ab":
+            found.append((accumulation.advance(ends=step == 4, of=model), accumulation.window, accumulation.correction))
+            assert accumulation.backwards == step % 2
+            accumulation.note_backward()
+    assert found == [
+        *[(False, 1, 1.0), (False, 2, 1.0), (True, 1, 1.0), (True, 2, 1.0)],
+        *[(False, 3, 1.0), (False, 4, 1.0), (True, 3, 1.0), (True, 4, 1.0)],
+        *[(True, 5, 2.0), (True, 6, 2.0)],
+    ]
+    accumulation.advance(ends=False, of="a")
+    accumulation.advance(ends=False, of="b")
+    assert not accumulation.is_over(7)  # that of a goes on
+    assert accumulation.is_over(6)
+
+
 class Batches:
     def __init__(self, end: bool = False) -> None:
         self.end_of_dataloader = end
