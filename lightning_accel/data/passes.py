@@ -159,9 +159,9 @@ class OwnFeed(Feed):
             return -1  # nothing was done twice
         if isinstance(dealt, ShardedStream) and self.loader.num_workers > 1:
             warnings.warn(
-                f"Nobody knows how many of the last samples are duplicates, as each of {self.loader.num_workers} workers"
-                " completes rounds of its own: gather_for_metrics leaves none out. Use dispatch_batches=True, one"
-                " worker, or even_batches=False.",
+                f"Nobody knows how many of the last samples are duplicates, as each of {self.loader.num_workers}"
+                " workers completes rounds of its own: gather_for_metrics leaves none out. Use dispatch_batches=True,"
+                " one worker, or even_batches=False.",
                 stacklevel=2,
             )
             return -1

@@ -242,6 +242,10 @@ class Records(Processes):
     def _find(self, model: nn.Module) -> EngineModule | None:
         inner = _unwrap_compiled(model)[0]
         for prepared, engine in zip(self._prepared.models, self._prepared.engines, strict=True):
-            if model is prepared or inner is _unwrap_compiled(prepared)[0] or inner is _unwrap_compiled(engine.module)[0]:
+            if (
+                model is prepared
+                or inner is _unwrap_compiled(prepared)[0]
+                or inner is _unwrap_compiled(engine.module)[0]
+            ):
                 return engine
         return None

@@ -235,8 +235,7 @@ def test_accelerates_own_shards() -> None:
 def test_several_workers_do_not_say_what_is_no_duplicate() -> None:
     """Each completes rounds of its own: with one remainder for all, real samples would be left out."""
     (loader, _) = loaders(SizedStream(14), 2, False, True, False, num_workers=2)
-    remainders = []
+    remainders: list[int] = []
     with pytest.warns(UserWarning, match="each of 2 workers"):
-        for _ in loader:
-            remainders.append(loader.remainder)
+        remainders += [loader.remainder for _ in loader]
     assert set(remainders) == {-1}

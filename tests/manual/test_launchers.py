@@ -17,7 +17,16 @@ from lightning_accel.core import Engine
 from lightning_accel.manual.launchers import debug_launcher, notebook_launcher
 
 kept: Any = None
-NAMES = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "GROUP_RANK", "MASTER_ADDR", "CUDA_VISIBLE_DEVICES", "ACCEL_CPU")
+NAMES = (
+    "RANK",
+    "LOCAL_RANK",
+    "WORLD_SIZE",
+    "LOCAL_WORLD_SIZE",
+    "GROUP_RANK",
+    "MASTER_ADDR",
+    "CUDA_VISIBLE_DEVICES",
+    "ACCEL_CPU",
+)
 
 
 def meet(folder: str, value: float) -> None:
