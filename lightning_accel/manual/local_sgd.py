@@ -150,7 +150,7 @@ class LocalSGD:
                 if dist.get_rank() in lacking:
                     copied = box[0] or {}
                     optimizer.state[parameter] = {name: _beside(parameter, value) for name, value in copied.items()}
-                told = [told[source] if rank in lacking else entries for rank, entries in enumerate(told)]
+                told = tuple(told[source] if rank in lacking else entries for rank, entries in enumerate(told))
             state = optimizer.state[parameter]
             for name in names:
                 value = state[name]
