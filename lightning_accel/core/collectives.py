@@ -122,6 +122,41 @@ class Published:
     """Where the other ranks have their parts, if they can be read there."""
 
 
+def absent_within(seconds: float, group: dist.ProcessGroup | None = None) -> list[int] | None:
+    """Wait until all ranks of a group have come here, at most so long.
+
+    Nothing is left under way: a collective that somebody misses has gloo wait for the group's own, long time.
+    (So does ``dist.monitored_barrier`` on all ranks but the first.)
+
+    Args:
+        seconds: How long to wait.
+        group: The group; by default that of all ranks.
+
+    Returns:
+        None if all came. Otherwise those that had not when the first rank gave up; for ranks that come later, too, and
+        for all meetings from then on. Empty if nobody can tell, as the rank that counts is gone.
+
+    """
+    rank, ranks = dist.get_rank(group), dist.get_world_size(group)
+    if ranks == 1:
+        return None
+    store = dist.distributed_c10d._get_process_group_store(group or dist.group.WORLD)  # type: ignore[arg-type]
+    deadline = time.monotonic() + seconds
+    with contextlib.suppress(RuntimeError):  # the store is on a rank, which may be gone
+        meeting = store.add(f"accel/arrived/{rank}", 1)
+        store.add("accel/arrived", 1)
+        while not store.add("accel/missed", 0):
+            if store.add("accel/arrived", 0) >= meeting * ranks:  # all meetings before were full
+                return None
+            if time.monotonic() > deadline:
+                absent = [other for other in range(ranks) if store.add(f"accel/arrived/{other}", 0) < meeting]
+                store.set("accel/absent", ",".join(map(str, absent)))
+                store.add("accel/missed", 1)
+            time.sleep(_PAUSE_S)
+        return [int(other) for other in store.get("accel/absent").decode().split(",") if other]
+    return []
+
+
 class Collectives(ABC):
     """What the engine needs from a process group. All ranks of the group call the same methods in the same order."""
 
@@ -251,27 +286,6 @@ class Collectives(ABC):
             self.traffic.add("scalar", ring(nbytes(value), self.ranks, passes=2))
             dist.all_reduce(value, op=dist.ReduceOp.MAX if maximum else dist.ReduceOp.SUM, group=self.group)
         return value
-
-    def meet_within(self, seconds: float) -> bool:
-        """Whether all other ranks come here, too, within some time. If not, it is False for those that come later.
-
-        Nothing is left under way: a collective that somebody misses has gloo wait for the group's own, long time.
-        (So does ``dist.monitored_barrier`` on all ranks but the first.)
-        """
-        if self.ranks == 1:
-            return True
-        store = dist.distributed_c10d._get_process_group_store(self.group or dist.group.WORLD)  # type: ignore[arg-type]
-        deadline = time.monotonic() + seconds
-        with contextlib.suppress(RuntimeError):  # the store is on a rank, which may be gone
-            arrived = store.add("accel/arrived", 1)
-            expected = arrived + -arrived % self.ranks  # at the end of this meeting, as all meetings before were full
-            while not store.add("accel/missed", 0):
-                if store.add("accel/arrived", 0) >= expected:
-                    return True
-                if time.monotonic() > deadline:
-                    store.add("accel/missed", 1)
-                time.sleep(_PAUSE_S)
-        return False
 
     def beside(self) -> dist.ProcessGroup:
         """A group of the same ranks for messages of the host. All of them make it together."""

@@ -105,10 +105,6 @@ class SimulatedCollectives(TorchCollectives):
         # On any device: there is no stream to wait on.
         return Collectives.all_reduce_after(self, first, buffer, layout)
 
-    @override
-    def meet_within(self, seconds: float) -> bool:
-        return True
-
 
 class _Done(Pending):
     """An operation that is ready as soon as it is asked for: torch's fake works never say so."""

@@ -111,7 +111,8 @@ class ShardedLoader(LoaderView):
         are, or nobody knows."""
         self.joining: Joins | None = None
         """Where ranks may have different numbers of batches: what has them end together."""
-        self._passing: Pass | None = None
+        self._passing: Pass | None = None  # what a state is of
+        self._latest: Pass | None = None
         self._loaded: Mapping[str, Any] | None = None  # what to go on from
 
     # --------------------------------------------------------------- iteration
@@ -129,11 +130,12 @@ class ShardedLoader(LoaderView):
         """The batches of an epoch without the first few.
 
         Args:
-            skipped: How many of this rank's are left out; those of other ranks are, too.
+            skipped: How many of this rank's are left out, from the epoch's start on; those of other ranks are, too.
+                What a loaded state is already behind counts among them.
 
         """
         passing = self._begin(skipped)
-        self._passing = passing
+        self._passing = self._latest = passing
         self.end_of_dataloader, self.remainder = False, -1
         if self.watcher is not None:
             self.watcher.began(self)
@@ -147,11 +149,11 @@ class ShardedLoader(LoaderView):
                     batch = to_device(batch, self.device, non_blocking=self.non_blocking)
                 yield batch
         finally:
-            if self._passing is passing:
+            if self._latest is passing:  # not an older one that is given up only now
                 self._passing = None
                 self.end_of_dataloader, self.remainder = False, -1
-            if self.watcher is not None:
-                self.watcher.ended(self)
+                if self.watcher is not None:
+                    self.watcher.ended(self)
 
     def _begin(self, skipped: int) -> Pass:
         """The pass that comes next."""
@@ -165,6 +167,8 @@ class ShardedLoader(LoaderView):
             began, position, mark = loaded["began"], loaded["position"], loaded["mark"]
             if mark is not None and loaded["ranks"] != self.ranks and self._feed.is_indexed:
                 mark = {**mark, "state": None}
+            # From the epoch's start on: what was handed out before the state was saved is left out already.
+            skipped = max(0, skipped - position // self._feed.per_round)
         keeps_place = mark is not None and mark["state"] is not None
         if self._feed.is_indexed:
             position += skipped * self._feed.per_round if loaded is None else 0

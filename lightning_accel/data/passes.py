@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from abc import ABC, abstractmethod
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping
@@ -156,6 +157,14 @@ class OwnFeed(Feed):
         dealt = self.dealt
         if dealt is None or not dealt.even_batches or dealt.drop_last:
             return -1  # nothing was done twice
+        if isinstance(dealt, ShardedStream) and self.loader.num_workers > 1:
+            warnings.warn(
+                f"Nobody knows how many of the last samples are duplicates, as each of {self.loader.num_workers}"
+                " workers completes rounds of its own: gather_for_metrics leaves none out. Use dispatch_batches=True,"
+                " one worker, or even_batches=False.",
+                stacklevel=2,
+            )
+            return -1
         if isinstance(dealt, ShardedStream) and self.loader.num_workers:
             try:
                 return (len(dealt.dataset) % dealt.per_round) or -1
@@ -277,6 +286,8 @@ class SentFeed(Feed):
         ranks, most, size = self._wire.ranks, self._most, self._batch_size
         if not self._split and (not is_last or (size is None and len(batches) == most)):
             return batches, -1
+        if not self._split and (self._drop_last or not self._even):  # nothing to fill up: samples need not be counted
+            return [*batches, *[None] * (most - len(batches))], -1
         real = sum(map(samples_of, batches))
         if size is None:  # whole batches, whatever their size
             more = cycle(self._first(reading) if self._even else [None])
@@ -289,8 +300,8 @@ class SentFeed(Feed):
                 f"Expected batches of {size} samples to split, but one before the last has {real}. Use"
                 " split_batches=False."
             )
-        if not self._split and (not missing or not self._even):
-            return [*batches, *[None] * (most - len(batches))], real
+        if not self._split and not missing:
+            return batches, real
         if missing and self._even:
             start = joined_samples(self._first(reading))
             whole, rest = divmod(missing, samples_of(start))

@@ -91,11 +91,16 @@ class Alike:
     def __init__(self, seed: int) -> None:
         self.seed = seed
         self.epoch = 0
+        self._passes = 0  # of a worker's copy, which is told of no epochs: persistent workers go through several
 
     def __call__(self) -> Callable[[Callable[[], Any]], Any]:
         """What calls functions in one pass, with random numbers beside those of the process."""
         worker = get_worker_info()
-        number = seed_of(self.seed, "draws", self.epoch, 0 if worker is None else worker.id)
+        epoch = self.epoch
+        if worker is not None:
+            epoch += self._passes
+            self._passes += 1
+        number = seed_of(self.seed, "draws", epoch, 0 if worker is None else worker.id)
         stream = rng.Stream()
         with stream.drawn_from():
             torch.default_generator.manual_seed(number)  # not torch.manual_seed: that seeds accelerators as well

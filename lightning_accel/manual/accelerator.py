@@ -377,7 +377,8 @@ class Accelerator(Records):
         """Around one micro-batch. Every ``gradient_accumulation_steps``-th, and a loader's last, ends a window.
 
         Within the others optimizers and schedulers do not step, ``zero_grad`` keeps what was accumulated, and rows
-        whose gradients accumulate on each rank send nothing.
+        whose gradients accumulate on each rank send nothing. Models that are trained in turns, each with an
+        ``accumulate`` of its own, have windows of their own: clip and step within it.
 
         Args:
             models: Those that are trained; all that were prepared by default.
@@ -387,7 +388,10 @@ class Accelerator(Records):
 
         """
         engines = [self._engine_of(model) for model in models or self._prepared.models]
-        if self._accumulation.advance(ends=self._loaders.at_end):
+        closes = self._accumulation.advance(ends=self._loaders.at_end, of=frozenset(map(id, engines)))
+        for optimizer in self._prepared.optimizers:
+            optimizer.enter_window()
+        if closes:
             yield
             return
         with ExitStack() as stack:
@@ -425,7 +429,7 @@ class Accelerator(Records):
                 "Expected a model to be prepared before backward, got none: gradients would not be reduced. Call"
                 " model, optimizer = accelerator.prepare(model, optimizer) first."
             )
-        self._accumulation.backwards += 1
+        self._accumulation.note_backward()
         if self._accumulation.steps > 1 and all(module.engine.loss_weight is None for module in prepared.engines):
             loss = loss / self._accumulation.steps
         self.fabric.backward(loss, **kwargs)
@@ -494,7 +498,7 @@ class Accelerator(Records):
             False,  # norms of all ranks' parts are what it is given
             self._prepared.engines[0].engine.mesh.shard,
             together.dtype,
-            skipped=any(optimizer.added.overflowed for optimizer in optimizers),
+            skipped=all(optimizer.added.overflowed for optimizer in optimizers),  # else one would step unclipped
         )
 
     def clip_grad_value_(self, parameters: Any, clip_value: float) -> None:

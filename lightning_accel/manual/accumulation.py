@@ -16,9 +16,19 @@ leaves it divided by the full number: its last step of an epoch is too small.
 
 from __future__ import annotations
 
+from collections.abc import Hashable
+from dataclasses import dataclass
+
+
+@dataclass
+class _Window:
+    number: int
+    done: int = 0  # micro-batches that have begun
+    backwards: int = 0
+
 
 class Accumulation:
-    """Where the loop is within a window.
+    """Where the loop is within a window. Models that are trained in turns have windows of their own.
 
     Args:
         steps: Micro-batches of a whole window.
@@ -34,11 +44,9 @@ class Accumulation:
         """Whether the micro-batch that is under way closes its window."""
         self.correction = 1.0
         """What the gradients of a window that is closed are to be multiplied by."""
-        self.window = 0
-        """How many windows have begun."""
-        self.backwards = 0
-        """How many backwards there were since the window began."""
-        self._done = 0
+        self._begun = 0
+        self._current = _Window(0)
+        self._open: dict[Hashable, _Window] = {}
 
     def set_steps(self, steps: int) -> None:
         """Change how many micro-batches a whole window has.
@@ -52,30 +60,53 @@ class Accumulation:
         self.steps = steps
 
     @property
+    def window(self) -> int:
+        """The number of the window of the micro-batch that began last: no two have the same. 0 if none has begun."""
+        return self._current.number
+
+    @property
+    def backwards(self) -> int:
+        """How many backwards there were since that window began."""
+        return self._current.backwards
+
+    @property
     def is_open(self) -> bool:
         """Whether there are micro-batches that no optimizer step has used yet."""
-        return self._done > 0
+        return bool(self._open)
 
-    def advance(self, *, ends: bool) -> bool:
+    def is_over(self, number: int) -> bool:
+        """Whether a window is closed, and another has begun since."""
+        return number != self.window and all(window.number != number for window in self._open.values())
+
+    def note_backward(self) -> None:
+        """Count a backward."""
+        self._current.backwards += 1
+
+    def advance(self, *, ends: bool, of: Hashable = None) -> bool:
         """Begin a micro-batch.
 
         Args:
             ends: Whether it is the last one of its loader.
+            of: What is trained with it; other things have other windows.
 
         Returns:
             ``sync_gradients``.
 
         """
-        if self._done == 0:
-            self.window += 1
-            self.backwards = 0
-        self._done += 1
-        self.sync_gradients = ends or self._done >= self.steps
-        self.correction = self.steps / self._done if self.sync_gradients else 1.0
-        if self.sync_gradients:
-            self._done = 0
+        window = self._open.pop(of, None)
+        if window is None:
+            self._begun += 1
+            window = _Window(self._begun)
+        self._current = window
+        window.done += 1
+        self.sync_gradients = ends or window.done >= self.steps
+        self.correction = self.steps / window.done if self.sync_gradients else 1.0
+        if not self.sync_gradients:
+            self._open[of] = window
         return self.sync_gradients
 
     def reset(self) -> None:
         """Begin anew, as after a checkpoint was loaded."""
-        self._done, self.sync_gradients, self.correction = 0, True, 1.0
+        self._open.clear()
+        self._current = _Window(self._begun)
+        self.sync_gradients, self.correction = True, 1.0

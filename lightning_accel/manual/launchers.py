@@ -20,6 +20,7 @@ from torch.multiprocessing import start_processes
 from torch.multiprocessing.spawn import ProcessException, ProcessExitedException
 
 from lightning_accel.core.registry import await_peers
+from lightning_accel.manual.environment import CPU
 
 StartMethod = Literal["fork", "spawn", "forkserver"]
 
@@ -128,6 +129,7 @@ def debug_launcher(
         "TORCHELASTIC_RUN_ID": "accel",
         "TORCHELASTIC_USE_AGENT_STORE": "False",
         "CUDA_VISIBLE_DEVICES": "",
+        CPU: "1",  # forked processes may have looked for CUDA devices already
     }
     if sys.platform == "linux":
         shared["GLOO_SOCKET_IFNAME"] = "lo"  # the host's own name need not resolve

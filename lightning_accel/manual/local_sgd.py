@@ -8,7 +8,8 @@
 
 [Note: an engine for each rank]
 Within the block the model is trained by an engine whose only rank is this one; afterwards by one of all ranks again.
-Optimizer state is averaged then, too: ranks whose momentum differs would not stay the same with the same gradients.
+Optimizer state is averaged then, too (and of step counters the highest is taken): ranks whose momentum differs would
+not stay the same with the same gradients.
 
 Stich, "Local SGD Converges Fast and Communicates Little", 2019.
 """
@@ -16,8 +17,9 @@ Stich, "Local SGD Converges Fast and Communicates Little", 2019.
 from __future__ import annotations
 
 import weakref
+from collections.abc import Mapping
 from types import TracebackType
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.distributed as dist
@@ -128,13 +130,54 @@ class LocalSGD:
                 _mean(unit.memory.mine)
 
     def _average_state(self, optimizer: Optimizer) -> None:
-        for group in optimizer.param_groups:
-            for parameter in group["params"]:
-                state = optimizer.state.get(parameter, {})
-                for name in sorted(state):
-                    value = state[name]
-                    if isinstance(value, Tensor) and value.is_floating_point() and value.shape == parameter.shape:
+        """Have all ranks' optimizers be in the same state: tensors are averaged, of counters the highest is taken.
+
+        A parameter may have state on some ranks only, if it has had no gradient on the others: these get a copy first.
+        """
+        parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
+        everyone: list[Any] = [None] * dist.get_world_size()
+        dist.all_gather_object(everyone, [_told(optimizer.state.get(parameter, {})) for parameter in parameters])
+        for parameter, told in zip(parameters, zip(*everyone, strict=True), strict=True):
+            names = sorted(set().union(*told))
+            lacking = [rank for rank, entries in enumerate(told) if len(entries) < len(names)]
+            if len(lacking) == len(told):  # none has all of it, or there is none
+                optimizer.state.pop(parameter, None)
+                continue
+            if lacking:
+                source = next(rank for rank in range(len(told)) if rank not in lacking)
+                box = [optimizer.state.get(parameter)]
+                dist.broadcast_object_list(box, src=source, device=self._accelerator.device)
+                if dist.get_rank() in lacking:
+                    copied = box[0] or {}
+                    optimizer.state[parameter] = {name: _beside(parameter, value) for name, value in copied.items()}
+                told = tuple(told[source] if rank in lacking else entries for rank, entries in enumerate(told))
+            state = optimizer.state[parameter]
+            for name in names:
+                value = state[name]
+                counts = [entries[name] for entries in told]
+                if counts[0] is None:
+                    if value.is_floating_point() and value.shape == parameter.shape:
                         _mean(value)
+                elif isinstance(value, Tensor):
+                    value.fill_(max(counts))
+                else:
+                    state[name] = max(counts)
+
+
+def _told(state: Mapping[str, Any]) -> dict[str, Any]:
+    """What a parameter has for state: numbers; None for tensors of elements."""
+    told: dict[str, Any] = {}
+    for name, value in state.items():
+        if isinstance(value, Tensor):
+            told[name] = value.item() if name == "step" and value.numel() == 1 else None
+        elif isinstance(value, (int, float)):
+            told[name] = value
+    return told
+
+
+def _beside(parameter: Tensor, value: Any) -> Any:
+    """A value that came from another rank, on this rank's device if it was on that rank's."""
+    return value.to(parameter.device) if isinstance(value, Tensor) and value.device.type != "cpu" else value
 
 
 @torch.no_grad()

@@ -60,6 +60,7 @@ def _write(state: dict[str, Any], folder: Path, most: int, safe_serialization: b
         folder.mkdir(parents=True, exist_ok=True)
         with new_file(folder / "pytorch_model.bin") as stream:
             torch.save(state, stream)
+        _remove_stale(folder)  # readers take safetensors first
         return
     if not is_model(state):
         others = [name for name, value in state.items() if not isinstance(value, (Tensor, StoredTensor))]
@@ -71,12 +72,16 @@ def _write(state: dict[str, Any], folder: Path, most: int, safe_serialization: b
     made = folder.parent / f".{folder.name}.new"
     save_safetensors(made, state, {}, lambda _: None, max_shard_size=most)
     folder.mkdir(parents=True, exist_ok=True)
-    for pattern in _STALE:
-        for old in folder.glob(pattern):
-            old.unlink()
+    _remove_stale(folder)
     for file in sorted(made.iterdir(), key=lambda entry: entry.name.endswith(".json")):
         file.replace(folder / file.name)
     made.rmdir()
+
+
+def _remove_stale(folder: Path) -> None:
+    for pattern in _STALE:
+        for old in folder.glob(pattern):
+            old.unlink()
 
 
 def save_object(value: Any, path: Path, *, safe_serialization: bool) -> None:

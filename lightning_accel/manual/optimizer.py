@@ -31,6 +31,7 @@ class PreparedOptimizer(_FabricOptimizer):
         self._accumulation = accumulation
         self._settled: int | None = None  # the window whose gradients are multiplied already
         self._stepped: int | None = None  # the window that was stepped with last
+        self._asked: int | None = None  # the window whose gradients are to be dropped, once it is over
         self.step_was_skipped = False
         """Whether the gradient scaler has skipped the last step, because gradients were not finite."""
 
@@ -40,6 +41,21 @@ class PreparedOptimizer(_FabricOptimizer):
         added = engine_optimizer(self._optimizer)
         assert added is not None
         return added
+
+    @property
+    def has_stepped(self) -> bool:
+        """Whether ``step`` was called at the end of this window, which may have been skipped for the loss scale."""
+        return self._stepped == self._accumulation.window
+
+    def enter_window(self) -> None:
+        """Drop the gradients of a window that is over without a step, if ``zero_grad`` was called in it."""
+        if self._asked is not None and self._accumulation.is_over(self._asked):
+            self.drop()
+
+    def drop(self) -> None:
+        """Drop gradients, and what is known of their window."""
+        self._settled = self._stepped = self._asked = None
+        self._optimizer.zero_grad()
 
     def settle(self) -> None:
         """Have the gradients be a mean over the micro-batches that are in them. See [Note: short windows]."""
@@ -66,14 +82,17 @@ class PreparedOptimizer(_FabricOptimizer):
         before = 0 if scaler is None else scaler.skipped_steps
         output = super().step(closure)
         self.step_was_skipped = scaler is not None and scaler.skipped_steps > before
-        self._settled, self._stepped = None, self._accumulation.window
+        self._settled, self._stepped, self._asked = None, self._accumulation.window, None
         return output
 
     def zero_grad(self, *args: Any, **kwargs: Any) -> None:
         """Drop gradients, unless more are to be added to them.
 
-        It may stand before backward or after step: what a window has accumulated stays until it was stepped with.
+        It may stand before backward or after step: what a window has accumulated stays until it was stepped with, or is
+        over. In a window that is left without a step, it is dropped when the next one begins.
         """
         accumulation = self._accumulation
-        if accumulation.backwards == 0 or self._stepped == accumulation.window or accumulation.steps == 1:
+        if accumulation.backwards == 0 or self.has_stepped or accumulation.steps == 1:
             self._optimizer.zero_grad(*args, **kwargs)
+        else:
+            self._asked = accumulation.window

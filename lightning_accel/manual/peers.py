@@ -108,12 +108,19 @@ class Peers:
         is_bool = result.dtype is torch.bool
         if is_bool:
             result = result.to(torch.int64 if reduction in ("sum", "mean") else torch.uint8)
+        own = result.dtype
+        if reduction == "mean" and self.ranks > 1:  # the sum of what a mean is of may be out of range
+            if own in (torch.float16, torch.bfloat16):
+                result = result.float()
+            elif not (own.is_floating_point or own.is_complex):
+                result = result.long()
         if reduction != "none" and self.ranks > 1 and result.numel():
             kinds = {"max": dist.ReduceOp.MAX, "min": dist.ReduceOp.MIN}
             real = torch.view_as_real(result) if result.is_complex() else result
             dist.all_reduce(real, op=kinds.get(reduction, dist.ReduceOp.SUM))
         if reduction == "mean":
             result = result / self.ranks  # true division: of integers, too
+            result = result.to(own) if own.is_floating_point else result
         if is_bool and reduction in ("max", "min", "none"):
             result = result.bool()
         return result if scale == 1.0 else result * scale

@@ -8,8 +8,11 @@ from pathlib import Path
 from typing import Any
 
 from lightning.fabric.utilities.types import _PATH
+from lightning.fabric.wrappers import _unwrap_compiled
 from torch import nn
 
+from lightning_accel.core.placement import Rest
+from lightning_accel.core.registry import engines_of
 from lightning_accel.manual.model_files import save_model, save_object
 from lightning_accel.manual.processes import Processes
 from lightning_accel.manual.profiling import profiled
@@ -127,17 +130,25 @@ class Records(Processes):
         """The state of a model under the user's names. All ranks call it together.
 
         Args:
-            model: A prepared one, or any.
+            model: A prepared one, as it was returned or unwrapped; or any that has nothing to do with these.
             unwrap: Without meaning here: names are always the user's.
 
         Returns:
             The state in full precision; ``{}`` on ranks but 0 where no rank has it whole.
 
+        Raises:
+            ValueError: If it is a part of a prepared model whose parameters rest sharded.
+
         """
-        known = any(model is prepared for prepared in self._prepared.models)
-        if not known:
-            return dict(model.state_dict())
-        return self._strategy.get_module_state_dict(self._engine_of(model))
+        engine = self._find(model)
+        if engine is not None:
+            return self._strategy.get_module_state_dict(engine)
+        if any(part.row.parameters is Rest.SHARDED for part in engines_of(model)):
+            raise ValueError(
+                f"Expected a whole model that was prepared, or none of its parts, got a {type(model).__name__} that is"
+                " one: no rank need have its values. Take them from accelerator.get_state_dict(model)."
+            )
+        return dict(model.state_dict())
 
     # ------------------------------------------------------------------- track
 
@@ -220,10 +231,21 @@ class Records(Processes):
         return profiled(self.device, self.process_index, folder, kwargs)
 
     def _engine_of(self, model: nn.Module) -> EngineModule:
-        for prepared, engine in zip(self._prepared.models, self._prepared.engines, strict=True):
-            if model is prepared or model is engine.module:
-                return engine
+        engine = self._find(model)
+        if engine is not None:
+            return engine
         raise ValueError(
             f"Expected a model that was prepared, got a {type(model).__name__} that was not. Use what"
             " accelerator.prepare(model) has returned."
         )
+
+    def _find(self, model: nn.Module) -> EngineModule | None:
+        inner = _unwrap_compiled(model)[0]
+        for prepared, engine in zip(self._prepared.models, self._prepared.engines, strict=True):
+            if (
+                model is prepared
+                or inner is _unwrap_compiled(prepared)[0]
+                or inner is _unwrap_compiled(engine.module)[0]
+            ):
+                return engine
+        return None

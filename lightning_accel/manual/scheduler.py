@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-from torch.optim.lr_scheduler import ReduceLROnPlateau
+from torch.optim.lr_scheduler import OneCycleLR, ReduceLROnPlateau
 
 from lightning_accel.manual.accumulation import Accumulation
 from lightning_accel.manual.optimizer import PreparedOptimizer
@@ -42,18 +42,23 @@ class PreparedScheduler:
     def step(self, *args: Any, **kwargs: Any) -> None:
         """Call after ``optimizer.step()``, for every micro-batch.
 
-        Nothing happens while gradients accumulate, and when the scaler has skipped the optimizer's step. A schedule
+        Nothing happens while gradients accumulate, in a window in which the optimizer was not stepped, and when the
+        scaler has skipped the optimizer's step. A schedule
         that has an end (``total_steps``) stays there: the ranks' last batches may be more than there are samples.
         ``ReduceLROnPlateau`` is told a metric, which counts once, on any number of ranks.
         """
         if isinstance(self.scheduler, ReduceLROnPlateau) or not self._with_optimizer:
             self.scheduler.step(*args, **kwargs)
             return
-        if not self._accumulation.sync_gradients or any(o.step_was_skipped for o in self.optimizers):
+        if not self._accumulation.sync_gradients:
+            return
+        if not any(o.has_stepped for o in self.optimizers) or any(o.step_was_skipped for o in self.optimizers):
             return
         for _ in range(self._times):
-            total = getattr(self.scheduler, "total_steps", None)
-            if total is None or self.scheduler.last_epoch < total:
+            end = getattr(self.scheduler, "total_steps", None)
+            if end is not None and isinstance(self.scheduler, OneCycleLR):
+                end -= 1  # where its lowest rate is: torch allows one more step, which may lead to a negative one
+            if end is None or self.scheduler.last_epoch < end:
                 self.scheduler.step(*args, **kwargs)
 
     def state_dict(self) -> dict[str, Any]:

@@ -26,6 +26,7 @@ from lightning.fabric import Fabric
 
 from lightning_accel.core import rng
 from lightning_accel.core.checkpoint import is_directory, load
+from lightning_accel.core.collectives import absent_within
 from lightning_accel.manual.accumulation import Accumulation
 from lightning_accel.manual.optimizer import PreparedOptimizer
 from lightning_accel.manual.peers import Peers
@@ -112,17 +113,21 @@ class States:
         """Wait until all ranks are here. See [Note: every rank].
 
         Raises:
-            RuntimeError: If some do not come.
+            RuntimeError: If some do not come, or each rank has a model of its own.
 
         """
-        if self._peers.ranks == 1:
-            return
-        open_ones = [module.engine for module in self._prepared.engines if not module.engine.is_closed]
-        if open_ones and not open_ones[0].collectives.meet_within(self._patience_s):
+        if any(module.engine.mesh.world.ranks < self._peers.ranks for module in self._prepared.engines):
+            raise RuntimeError(
+                f"Expected {doing} outside of a LocalSGD block, got it within one: each process has a model of its own"
+                " there, and the checkpoint would have one of them. Call it after the block."
+            )
+        absent = absent_within(self._patience_s)  # over all ranks, whatever models there are
+        if absent is not None:
+            who = f"process{'es' if len(absent) > 1 else ''} {', '.join(map(str, absent))}" if absent else "some"
             raise RuntimeError(
                 f"Expected every process to call {doing}, but process {self._peers.rank} has waited"
-                f" {self._patience_s:g} s and not all of them came. Each has a part of the state: call it on all"
-                " processes, not within `if accelerator.is_main_process`."
+                f" {self._patience_s:g} s at most and not all of them came: {who} did not. Each has a part of the"
+                " state: call it on all processes, not within `if accelerator.is_main_process`."
             )
 
     # -------------------------------------------------------------------- save
@@ -193,6 +198,8 @@ class States:
             self._require_fit(source, {**rest, **self._prepared.named()})
         self._restore(rest[OURS])
         self._accumulation.reset()
+        for optimizer in self._prepared.optimizers:
+            optimizer.drop()  # what an open window has accumulated is of other parameters
         return source
 
     def _latest(self) -> Path:

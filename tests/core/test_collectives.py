@@ -6,7 +6,7 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from lightning_accel.core.collectives import GlooCollectives, Pending, TorchCollectives, connect
+from lightning_accel.core.collectives import GlooCollectives, Pending, TorchCollectives, absent_within, connect
 from lightning_accel.core.direct import DirectCollectives
 from lightning_accel.core.layout import even_layout, owned_layout
 
@@ -157,9 +157,8 @@ def test_without_a_process_group_the_error_says_how_to_get_one():
         connect(torch.device("cpu"))
 
 
-def meet(late: list[float], patience: float) -> list[tuple[bool, float]]:
-    """Whether this rank met the others, time and again, and how long it took; it comes late, or never if negative."""
-    collectives = connect(torch.device("cpu"))
+def meet(late: list[float], patience: float) -> list[tuple[list[int] | None, float]]:
+    """Whom this rank missed, time and again, and how long it took; it comes late, or never if negative."""
     found = []
     for turn in range(3):
         delay = late[dist.get_rank()] if turn == 1 else 0.0
@@ -168,13 +167,13 @@ def meet(late: list[float], patience: float) -> list[tuple[bool, float]]:
             return found
         time.sleep(delay)
         begin = time.monotonic()
-        found.append((collectives.meet_within(patience), time.monotonic() - begin))
+        found.append((absent_within(patience), time.monotonic() - begin))
     return found
 
 
 def test_ranks_meet_again_and_again(ranks3):
     for found in ranks3.run(meet, [0.0, 0.3, 0.0], 20.0):
-        assert [met for met, _ in found] == [True, True, True]
+        assert [absent for absent, _ in found] == [None, None, None]
 
 
 @pytest.mark.parametrize("absent", [0, 2])
@@ -183,6 +182,6 @@ def test_nobody_waits_longer_for_a_rank_that_does_not_come(ranks3, absent):
     results = ranks3.run(meet, [-1.0 if rank == absent else 0.0 for rank in range(3)], patience)
     for rank, found in enumerate(results):
         if rank != absent:
-            assert [met for met, _ in found] == [True, False, False]
+            assert [missing for missing, _ in found] == [None, [absent], [absent]]
             assert found[1][1] < 3 * patience
             assert found[2][1] < patience, "it is known by now"

@@ -230,3 +230,12 @@ def test_accelerates_own_shards() -> None:
             ]
             flat = [[index for batch in batches for index in batch] for batches in found]
             assert flat == [list(stream) for stream in streams], case
+
+
+def test_several_workers_do_not_say_what_is_no_duplicate() -> None:
+    """Each completes rounds of its own: with one remainder for all, real samples would be left out."""
+    (loader, _) = loaders(SizedStream(14), 2, False, True, False, num_workers=2)
+    remainders: list[int] = []
+    with pytest.warns(UserWarning, match="each of 2 workers"):
+        remainders += [loader.remainder for _ in loader]
+    assert set(remainders) == {-1}

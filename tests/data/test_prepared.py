@@ -73,6 +73,19 @@ def test_who_watches_is_told_of_loops_that_are_left() -> None:
     assert watching.told[2:] == [("began", loader), ("ended", loader)]
 
 
+def test_an_older_iteration_that_is_given_up_ends_nothing() -> None:
+    watching = Watching()
+    loader = prepare_data_loader(whole(), rank=0, ranks=1, watcher=watching)
+    older = iter(loader)
+    next(older)
+    newer = iter(loader)
+    next(newer)
+    del older
+    assert [what for what, _ in watching.told] == ["began", "began"]
+    del newer
+    assert [what for what, _ in watching.told] == ["began", "began", "ended"]
+
+
 def test_batches_are_brought_to_the_device() -> None:
     def collate(samples: list[int]) -> dict[str, Any]:
         return {"x": torch.tensor(samples, dtype=torch.float), "name": [str(sample) for sample in samples]}

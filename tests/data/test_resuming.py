@@ -241,6 +241,22 @@ def test_a_state_after_skipping() -> None:
     assert rest(resumed) == expected[3:]
 
 
+@pytest.mark.parametrize("kind", ["shuffle", "own", "stateful", "stream"])
+def test_skipping_what_a_state_has_skipped_already(kind: str) -> None:
+    """As in a loop for Accelerate: it loads a state, and skips as many batches as that run had done."""
+    for rank in range(2):
+        expected = rest(prepared(kind, rank, 2))
+        for done, skipped in [(2, 2), (3, 1), (1, 3), (2, 0)]:
+            first = prepared(kind, rank, 2)
+            iterator = iter(first)
+            for _ in range(done):
+                next(iterator)
+            resumed = prepared(kind, rank, 2)
+            resumed.load_state_dict(through_a_file(first.state_dict()))
+            found = [torch.as_tensor(batch).tolist() for batch in skip_first_batches(resumed, skipped)]
+            assert found == expected[max(done, skipped) :]
+
+
 def test_skipping_less_than_nothing() -> None:
     with pytest.raises(ValueError, match="got -1"):
         skip_first_batches(prepared("shuffle", 0, 2), -1)

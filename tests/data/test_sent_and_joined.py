@@ -111,6 +111,22 @@ def test_batches_of_differing_shapes_are_sent(ranks2: Ranks) -> None:
     assert ranks2.run(ragged) == [[[3, 3], [3, 9]], [[3, 6], [3, 12]]]
 
 
+def without_samples(drop_last: bool) -> list[str]:
+    """Batches of which nobody can tell how many samples they have."""
+    loader: DataLoader[Any] = DataLoader(
+        Stream(15), batch_size=3, collate_fn=lambda indices: {"text": str(indices)}, drop_last=drop_last
+    )
+    made = prepare_data_loader(loader, rank=dist.get_rank(), ranks=dist.get_world_size(), even_batches=drop_last)
+    return [batch["text"] for batch in made]
+
+
+def test_what_is_not_filled_up_is_not_counted(ranks2: Ranks) -> None:
+    short, full = ranks2.run(without_samples, False), ranks2.run(without_samples, True)
+    assert [len(batches) for batches in short] == [3, 2]
+    assert short[0][2] == "[12, 13, 14]"
+    assert [len(batches) for batches in full] == [2, 2]
+
+
 def fails_on_rank_0() -> str:
     try:
         for _ in prepared(Stream(30, fails_at=20)):

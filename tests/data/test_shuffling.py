@@ -151,3 +151,22 @@ def test_the_users_loader_is_left_alone() -> None:
     before = dict(vars(whole)), whole.batch_sampler.sampler, whole.batch_sampler  # type: ignore[union-attr]
     list(prepare_data_loader(whole, rank=0, ranks=2, seed=1))
     assert before == (dict(vars(whole)), whole.batch_sampler.sampler, whole.batch_sampler)  # type: ignore[union-attr]
+
+
+def test_persistent_workers_have_another_order_in_each_epoch() -> None:
+    def made() -> list[ShardedLoader]:
+        loaders = [DataLoader(Shuffled(), batch_size=3, num_workers=1, persistent_workers=True) for _ in range(2)]
+        return [
+            prepare_data_loader(loader, rank=rank, ranks=2, even_batches=False, dispatch_batches=False, seed=7)
+            for rank, loader in enumerate(loaders)
+        ]
+
+    loaders = made()
+    epochs = [epoch(loaders) for _ in range(3)]
+    for found in epochs:
+        assert sorted(sum(found, [])) == list(range(SIZE))
+    assert epochs[0] != epochs[1] != epochs[2] != epochs[0]
+    fresh = made()
+    for loader in fresh:
+        loader.set_epoch(2)
+    assert epoch(fresh) == epochs[2]

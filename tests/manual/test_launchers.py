@@ -17,7 +17,16 @@ from lightning_accel.core import Engine
 from lightning_accel.manual.launchers import debug_launcher, notebook_launcher
 
 kept: Any = None
-NAMES = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "GROUP_RANK", "MASTER_ADDR", "CUDA_VISIBLE_DEVICES")
+NAMES = (
+    "RANK",
+    "LOCAL_RANK",
+    "WORLD_SIZE",
+    "LOCAL_WORLD_SIZE",
+    "GROUP_RANK",
+    "MASTER_ADDR",
+    "CUDA_VISIBLE_DEVICES",
+    "ACCEL_CPU",
+)
 
 
 def meet(folder: str, value: float) -> None:
@@ -32,7 +41,7 @@ def test_ranks_meet(tmp_path: Path) -> None:
     before = dict(os.environ)
     debug_launcher(meet, (str(tmp_path), 2.0))
     found = [path.read_text() for path in sorted(tmp_path.iterdir())]
-    assert found == ["0 0 2 2 0 127.0.0.1  6.0", "1 1 2 2 0 127.0.0.1  6.0"]
+    assert found == ["0 0 2 2 0 127.0.0.1  1 6.0", "1 1 2 2 0 127.0.0.1  1 6.0"]
     assert dict(os.environ) == before
 
 

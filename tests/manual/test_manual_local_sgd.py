@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from pathlib import Path
 
 import pytest
 import torch
@@ -112,3 +113,48 @@ def test_refused(world: Ranks) -> None:
     assert "got 'zero2'" in first
     assert "bf16" in second
     assert "local_sgd_steps of 1 or more, got 0" in third
+
+
+class Halves(nn.Module):
+    """Each rank has gradients for one of two layers only."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(1)
+        self.layers = nn.ModuleList([nn.Linear(3, 1), nn.Linear(3, 1)])
+        self.scale = nn.Parameter(torch.tensor(1.0))
+
+    def forward(self, x: Tensor, layer: int) -> Tensor:
+        found: Tensor = self.layers[layer](x) * self.scale
+        return found
+
+
+def with_state_on_some_ranks(path: str) -> tuple[str, list[dict[str, Tensor]]]:
+    accelerator = Accelerator(cpu=True)
+    net = Halves()
+    model, optimizer = accelerator.prepare(net, torch.optim.Adam(net.parameters()))
+    said = ""
+    with LocalSGD(accelerator, model, local_sgd_steps=4) as local_sgd:
+        for _ in range(1 + accelerator.process_index):
+            accelerator.backward(model(torch.ones(2, 3), accelerator.process_index).sum())
+            optimizer.step()
+            optimizer.zero_grad()
+        local_sgd.step()
+        try:
+            accelerator.save_state(path)
+        except RuntimeError as error:
+            said = str(error)
+    state = optimizer.state_dict()["state"]
+    return said, [state[index] for index in sorted(state)]
+
+
+def test_state_on_some_ranks_only(ranks2: Ranks, tmp_path: Path) -> None:
+    """Adam's state is then that of the rank which has it; of what both have, the mean and the later step."""
+    (said, first), (_, second) = ranks2.run(with_state_on_some_ranks, str(tmp_path / "state"))
+    assert "Expected save_state outside of a LocalSGD block" in said
+    assert len(first) == 5
+    for one, other in zip(first, second, strict=True):
+        assert one.keys() == other.keys()
+        for name, value in one.items():
+            assert torch.equal(value, other[name]), name
+    assert [float(state["step"]) for state in first] == [2, 1, 1, 2, 2]

@@ -9,6 +9,7 @@ import torch
 from loops import MAX_NORM, ROWS, batches_of, new_optimizer, plain, train
 from models import FLOAT64, Net, Samples, assert_close, values
 from torch import Tensor, nn
+from torch.optim.lr_scheduler import ExponentialLR
 from torch.utils.data import DataLoader
 
 import lightning_accel
@@ -261,3 +262,66 @@ def test_uneven_inputs(ranks2: Ranks, row: str) -> None:
     for result, steps in ranks2.run(train_uneven, row):
         assert steps == 3
         assert_close(result, dict(net.named_parameters()))
+
+
+def left_without_step(row: str, clear: bool) -> tuple[dict[str, Tensor], list[float]]:
+    """Windows of two; the first is left without a step in its last micro-batch."""
+    accelerator = Accelerator(strategy=row, split_batches=True, gradient_accumulation_steps=2, cpu=True)
+    net = Net()
+    optimizer = new_optimizer(net)
+    scheduler: Any = ExponentialLR(optimizer, 0.5)
+    model, optimizer, scheduler, loader = accelerator.prepare(net, optimizer, scheduler, batches_of(True))
+    for number, (_, x, y) in enumerate(loader):
+        with accelerator.accumulate(model):
+            accelerator.backward(nn.functional.mse_loss(model(x), y))
+            if number != 1:
+                optimizer.step()
+            scheduler.step()  # of the first window: its optimizer has not stepped
+            if clear or number not in (0, 1):
+                optimizer.zero_grad()
+    return values(net), scheduler.get_last_lr()
+
+
+def plain_left(clear: bool) -> dict[str, Tensor]:
+    net = Net()
+    optimizer = new_optimizer(net)
+    for _, x, y in list(batches_of(True, ranks=1))[2 if clear else 0 :]:
+        (nn.functional.mse_loss(net(x), y) / 2).backward()
+    optimizer.step()
+    return {name: parameter.detach().clone() for name, parameter in net.named_parameters()}
+
+
+@pytest.mark.parametrize("clear", [True, False])
+@pytest.mark.parametrize("row", everyday(ROWS))
+def test_a_window_without_a_step_is_dropped_if_it_was_cleared(ranks2: Ranks, row: str, clear: bool) -> None:
+    expected = plain_left(clear)
+    for result, rate in ranks2.run(left_without_step, row, clear):
+        assert_close(result, expected)
+        assert rate == [pytest.approx(0.01)]
+
+
+def overflow_in_one_of_two(row: str) -> list[float]:
+    """How far each of two clipped models moves when the gradients of the first are infinite on rank 0."""
+    accelerator = Accelerator(strategy=row, mixed_precision="fp16", cpu=True)
+    set_scale(accelerator, 64.0)
+    nets = [Net(dtype=torch.float32) for _ in range(2)]
+    prepared = accelerator.prepare(*nets, *[torch.optim.SGD(net.parameters(), lr=1.0) for net in nets])
+    before = [values(net) for net in nets]
+    first, second = (model(torch.ones(2, 5)).square().mean() for model in prepared[:2])
+    if accelerator.is_main_process:
+        first = first * torch.inf
+    accelerator.backward(first + second)
+    accelerator.clip_grad_norm_([*nets[0].parameters(), *nets[1].parameters()], 1e-3)
+    for optimizer in prepared[2:]:
+        optimizer.step()
+    return [
+        max(float((value - old[name]).abs().max()) for name, value in values(net).items())
+        for net, old in zip(nets, before, strict=True)
+    ]
+
+
+@pytest.mark.parametrize("row", everyday(ROWS))
+def test_what_is_clipped_together_does_not_step_unclipped(ranks2: Ranks, row: str) -> None:
+    for moved in ranks2.run(overflow_in_one_of_two, row):
+        assert moved[0] == 0
+        assert moved[1] <= 1e-3

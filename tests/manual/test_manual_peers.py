@@ -202,3 +202,15 @@ def test_one_process(world: Ranks) -> None:
     assert (found["sum"], found["mean"], found["numbers"]) == ([1, 10], [1, 10], [0])
     assert found["objects"] == ["rank 0"]
     assert found["share"] == ["a", "b", "c"]
+
+
+def means_of_narrow_numbers() -> list[float]:
+    accelerator = Accelerator(cpu=True)
+    narrow = [torch.tensor([100], dtype=torch.int8), torch.tensor([60000.0], dtype=torch.float16)]
+    found = accelerator.reduce(narrow, "mean")
+    assert found[1].dtype is torch.float16
+    return [float(tensor) for tensor in found]
+
+
+def test_means_of_narrow_numbers_do_not_overflow(ranks2: Ranks) -> None:
+    assert ranks2.run(means_of_narrow_numbers) == [[100, 60000]] * 2

@@ -32,8 +32,12 @@ def saved_models(row: str, folder: str) -> tuple[dict[str, Tensor], dict[str, Te
     Path(folder).mkdir(exist_ok=True)
     Path(folder, "config.json").write_text("kept")
     accelerator.save_model(model, folder, max_shard_size=500)
+    accelerator.save_model(model, f"{folder}/binary")  # which is not what was saved last
     accelerator.save_model(model, f"{folder}/binary", safe_serialization=False)
     state = accelerator.get_state_dict(model)
+    unwrapped = accelerator.get_state_dict(accelerator.unwrap_model(model))
+    assert state.keys() == unwrapped.keys()
+    assert all(torch.equal(unwrapped[name], value) for name, value in state.items())
     return values(net), state, accelerator.unwrap_model(model) is net
 
 
@@ -48,6 +52,7 @@ def test_models_are_saved_from_any_row(ranks2: Ranks, row: str, tmp_path: Path) 
     assert len(set(index["weight_map"].values())) > 1
     assert_close(found, expected, 0.0)
     assert_close(torch.load(folder / "binary" / "pytorch_model.bin"), expected, 0.0)
+    assert [file.name for file in (folder / "binary").iterdir()] == ["pytorch_model.bin"]
     assert_close(state, expected, 0.0)
     assert not other_state or row in ("ddp", "zero1", "zero2")
     assert (folder / "config.json").read_text() == "kept"

@@ -48,6 +48,25 @@ def test_windows_go_on_over_loaders_without_an_end() -> None:
     assert accumulation.window == 3
 
 
+def test_models_that_are_trained_in_turns_have_windows_of_their_own() -> None:
+    accumulation = Accumulation(2)
+    found = []
+    for step in range(5):
+        for model in "ab":
+            found.append((accumulation.advance(ends=step == 4, of=model), accumulation.window, accumulation.correction))
+            assert accumulation.backwards == step % 2
+            accumulation.note_backward()
+    assert found == [
+        *[(False, 1, 1.0), (False, 2, 1.0), (True, 1, 1.0), (True, 2, 1.0)],
+        *[(False, 3, 1.0), (False, 4, 1.0), (True, 3, 1.0), (True, 4, 1.0)],
+        *[(True, 5, 2.0), (True, 6, 2.0)],
+    ]
+    accumulation.advance(ends=False, of="a")
+    accumulation.advance(ends=False, of="b")
+    assert not accumulation.is_over(7)  # that of a goes on
+    assert accumulation.is_over(6)
+
+
 class Batches:
     def __init__(self, end: bool = False) -> None:
         self.end_of_dataloader = end
@@ -76,6 +95,7 @@ def test_the_innermost_loader_counts() -> None:
 class Steps:
     """All that a schedule asks of a prepared optimizer."""
 
+    has_stepped = True
     step_was_skipped = False
 
 
@@ -88,26 +108,28 @@ def scheduled(name: str, times: int, **arguments: Any) -> tuple[PreparedSchedule
     return follows, accumulation, steps, optimizer
 
 
-def test_a_schedule_stays_at_its_end() -> None:
-    """4 real steps of 3 ranks are 12 of a schedule of 10."""
-    scheduler, _, _, optimizer = scheduled("OneCycleLR", 3, max_lr=1.0, total_steps=10)
-    for _ in range(4):
+@pytest.mark.parametrize("anneal", ["cos", "linear"])
+def test_a_schedule_stays_at_its_end(anneal: str) -> None:
+    """4 real steps of 3 ranks are 12 of a schedule of 10, whose lowest rate is that after 9."""
+    scheduler, _, _, optimizer = scheduled("OneCycleLR", 3, max_lr=1.0, total_steps=10, anneal_strategy=anneal)
+    for _ in range(5):
         scheduler.step()
-    assert scheduler.last_epoch == 10
-    alone, _, _, other = scheduled("OneCycleLR", 1, max_lr=1.0, total_steps=10)
-    for _ in range(10):
+    assert scheduler.last_epoch == 9
+    alone, _, _, other = scheduled("OneCycleLR", 1, max_lr=1.0, total_steps=10, anneal_strategy=anneal)
+    for _ in range(9):
         alone.step()
-    assert optimizer.param_groups[0]["lr"] == other.param_groups[0]["lr"]
+    assert optimizer.param_groups[0]["lr"] == other.param_groups[0]["lr"] > 0
 
 
 def test_a_schedule_waits_for_real_steps() -> None:
     scheduler, accumulation, steps, _ = scheduled("ExponentialLR", 2, gamma=0.5)
     rates = []
-    for sync, skipped in [(True, False), (False, False), (True, True), (True, False)]:
-        accumulation.sync_gradients, steps.step_was_skipped = sync, skipped
+    for sync, stepped, skipped in [(1, 1, 0), (0, 1, 0), (1, 1, 1), (1, 0, 0), (1, 1, 0)]:
+        accumulation.sync_gradients = bool(sync)
+        steps.has_stepped, steps.step_was_skipped = bool(stepped), bool(skipped)
         scheduler.step()
         rates += scheduler.get_last_lr()
-    assert rates == [0.25, 0.25, 0.25, 0.0625]
+    assert rates == [0.25, 0.25, 0.25, 0.25, 0.0625]
 
 
 def test_a_metric_counts_once() -> None:

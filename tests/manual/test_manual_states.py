@@ -175,6 +175,47 @@ def test_saving_on_one_rank_only(ranks2: Ranks, tmp_path: Path) -> None:
     assert failed is not None
     assert failed[0] == "RuntimeError"
     assert "Expected every process to call save_state, but process 0 has waited 0.3 s" in failed[1]
+    assert "process 1 did not" in failed[1]
+
+
+def save_nothing_alone(path: str) -> None:
+    accelerator = Accelerator(cpu=True, patience_s=0.3)
+    if not accelerator.is_main_process:
+        accelerator.save_state(path)
+
+
+def test_saving_on_one_rank_only_without_a_model(ranks2: Ranks, tmp_path: Path) -> None:
+    other, failed = ranks2.run_expecting_error(save_nothing_alone, str(tmp_path / "state"))
+    assert other is None
+    assert failed is not None
+    assert "process 0 did not" in failed[1]
+
+
+def load_within_a_window(row: str, path: str) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+    """Two parameters that should be the same: one run has begun a window before it loads."""
+    found = []
+    x, y = torch.ones(2, 5, dtype=torch.float64), torch.zeros(2, 3, dtype=torch.float64)
+    for begun in (False, True):
+        run = Run(row, gradient_accumulation_steps=2)
+        if not begun:
+            run.accelerator.save_state(path)
+        for _ in range(begun):
+            with run.accelerator.accumulate(run.model):
+                run.accelerator.backward(run.model(x).square().mean())
+        run.accelerator.load_state(path)
+        for _ in range(2):
+            with run.accelerator.accumulate(run.model):
+                run.accelerator.backward(nn.functional.mse_loss(run.model(x), y))
+                run.optimizer.step()
+        found.append(values(run.net))
+    return found[0], found[1]
+
+
+@pytest.mark.parametrize("row", everyday(["ddp", "zero2"]))
+def test_loading_within_a_window_begins_anew(ranks2: Ranks, row: str, tmp_path: Path) -> None:
+    for expected, result in ranks2.run(load_within_a_window, row, str(tmp_path / "state")):
+        for name, value in expected.items():
+            assert torch.equal(result[name], value), name
 
 
 def mismatches(folder: str) -> list[str]:
