@@ -38,6 +38,7 @@ from lightning.pytorch.trainer.states import RunningStage, TrainerFn
 from torch import Tensor
 
 from lightning_accel.core import replay, rng
+from lightning_accel.core.collectives import absent_within
 from lightning_accel.core.data_position import set_generators, shared
 from lightning_accel.strategies.logged import EpochLog, Snapshot
 from lightning_accel.strategies.places import Place, Places
@@ -167,7 +168,7 @@ class Continuation:
         """The entries of all ranks; only this one's if the others may not come."""
         strategy, engine = self._strategy, self._strategy.engine
         if engine is not None and not engine.is_closed:
-            if not strategy._is_interrupted or engine.collectives.meet_within(_WAIT_S):
+            if not strategy._is_interrupted or absent_within(_WAIT_S, engine.collectives.group) is None:
                 return engine.collectives.gather_objects(own)
         elif not strategy._is_interrupted and dist.is_available() and dist.is_initialized():
             entries: list[Any] = [None] * dist.get_world_size()

@@ -21,6 +21,7 @@ from lightning_accel.core import Engine, Rest
 from lightning_accel.core.checkpoint import StoredTensor, is_directory, load
 from lightning_accel.core.checkpoint.engine_state import load_model, model_shards, optimizer_shards
 from lightning_accel.core.collecting import Collecting
+from lightning_accel.core.collectives import absent_within
 from lightning_accel.core.materialise import has_meta
 from lightning_accel.core.placement import Row
 from lightning_accel.core.registry import engines_of
@@ -230,7 +231,7 @@ class SavingStrategy(DDPStrategy):
         """Raise instead of waiting for ranks that do not save: one has failed and its callbacks want a checkpoint."""
         if not self._is_interrupted or self.engine is None or self.engine.is_closed:
             return
-        if not self.engine.collectives.meet_within(_GRACE_S):
+        if absent_within(_GRACE_S, self.engine.collectives.group) is not None:
             # What a callback raises within ``on_exception`` keeps Lightning from all that it would do next.
             self._end_soon(grace_s=2.0)  # the others have had theirs
             self.engine.close(abandon=True)

@@ -1,10 +1,10 @@
 """What the ranks of ``accel launch`` are told, beside torchrun's own variables.
 
 [Note: who reads what]
-``ACCEL_*`` are the defaults of ``lightning_accel.Accelerator``, ``ACCELERATE_*`` those of Hugging Face's. A Lightning Trainer takes each argument that the script
-does not give from ``PL_TRAINER_*``, and so does a Fabric here (see lightning_defaults.py). The numbers of devices and
-machines are always told: in a rank of torchrun's, a Trainer that finds no other number than one device on the CPU would
-train alone, and say nothing.
+``ACCEL_*`` are the defaults of ``lightning_accel.Accelerator``, ``ACCELERATE_*`` those of Hugging Face's. A Lightning
+Trainer takes each argument that the script does not give from ``PL_TRAINER_*``, and so does a Fabric here (see
+lightning_defaults.py). The numbers of devices and machines are always told: in a rank of torchrun's, a Trainer that
+finds no other number than one device on the CPU would train alone, and say nothing.
 """
 
 from __future__ import annotations

@@ -80,5 +80,8 @@ def test_the_same_script(ranks2: Ranks, split: bool, steps: int, size: int) -> N
     for expected, found in zip(*results, strict=True):
         for name in ("sync", "batches", "indices", "objects", "share", "padded"):
             assert found[name] == expected[name], name
+        # Behind the last step there is no rate any more: torch's would go up again there, ours stays at the end.
+        for rates in (found["rates"], expected["rates"]):
+            rates.pop()
         for name in ("rates", "losses", "norms", "predictions"):
             assert found[name] == pytest.approx(expected[name], rel=100 * FLOAT64), name
