@@ -43,9 +43,9 @@ class PreparedScheduler:
         """Call after ``optimizer.step()``, for every micro-batch.
 
         Nothing happens while gradients accumulate, in a window in which the optimizer was not stepped, and when the
-        scaler has skipped the optimizer's step. A schedule
-        that has an end (``total_steps``) stays there: the ranks' last batches may be more than there are samples.
-        ``ReduceLROnPlateau`` is told a metric, which counts once, on any number of ranks.
+        scaler has skipped the optimizer's step. A schedule that has an end (``total_steps``) stays there: the ranks'
+        last batches may be more than there are samples. ``ReduceLROnPlateau`` is told a metric, which counts once, on
+        any number of ranks.
         """
         if isinstance(self.scheduler, ReduceLROnPlateau) or not self._with_optimizer:
             self.scheduler.step(*args, **kwargs)
