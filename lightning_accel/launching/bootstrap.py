@@ -36,6 +36,9 @@ def main() -> None:
     end_with(int(os.environ.pop(LAUNCHER, os.getppid())))
     lightning_defaults.offer()
     faulthandler.enable()  # what crashes in C++ shows where it was
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        # Under -u a line and its end are two writes, between which those of other ranks may come.
+        sys.stdout.reconfigure(line_buffering=True, write_through=False)
     sys.excepthook = _print
     try:
         (run_module if kind == "module" else run_script)(target, arguments)

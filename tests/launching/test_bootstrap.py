@@ -67,3 +67,25 @@ def test_a_script_sees_what_python_would_show_it(tmp_path: Path) -> None:
     message = json.loads((tmp_path / "error.json").read_text())["message"]
     assert message["message"] == "LookupError: no more luck"
     assert message["extraInfo"]["py_callstack"] == plain[2]
+
+
+def test_lines_are_written_whole_and_at_once(tmp_path: Path) -> None:
+    # The other end of a pipe sees each write by itself, if it reads before the next.
+    (tmp_path / "script.py").write_text("import os\nprint('a', 1)\ninput()\nprint('b', 2)\nos.abort()\n")
+    command = [sys.executable, "-u", "-m", "lightning_accel.launching.bootstrap", "script", "script.py"]
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    process = subprocess.Popen(
+        command,
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.DEVNULL,
+        bufsize=0,
+        cwd=tmp_path,
+        env=environment,
+    )
+    assert process.stdin is not None
+    assert process.stdout is not None
+    assert process.stdout.read(100) == b"a 1\n"
+    process.stdin.write(b"\n")
+    assert process.stdout.read(100) == b"b 2\n"
+    assert process.wait(60) != 0
