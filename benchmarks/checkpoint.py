@@ -217,7 +217,7 @@ class _Race:
     def _drop(self, path: Path) -> None:
         """Have the page cache without the files."""
         if self.rank == 0:
-            for file in path.rglob("*"):
+            for file in filter(Path.is_file, path.rglob("*")):
                 with file.open("rb") as stream:
                     os.posix_fadvise(stream.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
         dist.barrier()

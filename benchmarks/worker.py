@@ -106,7 +106,7 @@ def _serve(spec: "Spec", post: Post, pipe: Connection) -> None:
     import torch.distributed as dist
 
     from benchmarks import measure
-    from benchmarks.timeline import Recorder
+    from benchmarks.timeline import Recorder, allocator_peak
 
     torch.set_num_threads(post.threads)
     dist.init_process_group(
@@ -143,11 +143,7 @@ def _serve(spec: "Spec", post: Post, pipe: Connection) -> None:
             peer.run(steps, collectives)
             answer = collectives.counts
         elif command == "allocator":
-            answer = None
-            if peer.has_phases:
-                recorder = Recorder(peer)
-                recorder.run()
-                answer = recorder.timeline.peak
+            answer = allocator_peak(peer)
         elif command == "timeline":
             recorder = Recorder(peer)
             recorder.run()
