@@ -63,9 +63,7 @@ def test_on_a_gpu_its_allocator_is_asked(monkeypatch: pytest.MonkeyPatch) -> Non
     monkeypatch.setattr(torch.cuda, "max_memory_allocated", lambda: 123)
     assert allocator_peak(peer) == 123
     assert calls == ["reset", 1]
-    monkeypatch.setattr(
-        torch.cuda, "memory_allocated", lambda: 0
-    )  # the peer is not on it
+    monkeypatch.setattr(torch.cuda, "memory_allocated", lambda: 0)  # the peer is not on it
     assert allocator_peak(peer) is None
 
 
