@@ -51,6 +51,20 @@ def test_zero_grad_before_backward_keeps_what_was_accumulated(ranks2: Ranks, row
         assert_close(result, expected)
 
 
+def orders(seed: int) -> list[list[int]]:
+    """What an Accelerator of a seed has two loaders that are alike give this rank."""
+    accelerator = Accelerator(cpu=True, seed=seed)
+    loaders = [DataLoader(torch.arange(20), batch_size=2, shuffle=True) for _ in range(2)]
+    return [torch.cat(list(loader)).tolist() for loader in accelerator.prepare(*loaders)]
+
+
+def test_loaders_of_one_seed_have_orders_of_their_own(ranks2: Ranks) -> None:
+    for first, second in ranks2.run(orders, 5):
+        assert first != second
+    assert ranks2.run(orders, 5) == ranks2.run(orders, 5)
+    assert ranks2.run(orders, 5) != ranks2.run(orders, 6)
+
+
 def train_two(row: str) -> dict[str, Tensor]:
     """Two models with an optimizer each, whose gradients are clipped as one vector."""
     accelerator = Accelerator(strategy=row, gradient_accumulation_steps=2, cpu=True)
