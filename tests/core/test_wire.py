@@ -15,7 +15,8 @@ from torch import Tensor, nn
 from torch.distributed.algorithms.ddp_comm_hooks import default_hooks
 from torch.nn.parallel import DistributedDataParallel
 
-from core.toys import Net, build, compare, data, mse, my_share, sgd, started, train, without_patience
+from core.test_engine_gradients import reentrant
+from core.toys import Net, build, compare, data, mse, my_share, relative_error, sgd, started, train, without_patience
 from harness import Ranks
 from lightning_accel.core import Engine, GradScaler
 from lightning_accel.core.collectives import Collectives, GlooCollectives, TorchCollectives, connect
@@ -277,6 +278,29 @@ SINGLE = 8 * 2.0**-24
 def test_training_is_as_precise_as_what_travels(ranks3: Ranks, row: str, accumulate: int) -> None:
     options: dict[str, Any] = {"bucket_cap_mb": 0.0005, "accumulate": accumulate}
     assert all(0 < error < SINGLE for error in ranks3.run(compare, Net, row, sgd, reduce_dtype=F32, **options))
+
+
+@pytest.mark.parametrize("row", ["ddp", "zero1"])
+def test_late_gradients_travel_alike(ranks2: Ranks, row: str) -> None:
+    """Reentrant checkpoints deliver gradients in parts, the last ones after the reduction has started."""
+    options: dict[str, Any] = {"loss": reentrant, "bucket_cap_mb": 0.0005, "accumulate": 2}
+    assert all(0 < error < SINGLE for error in ranks2.run(compare, Net, row, sgd, reduce_dtype=F32, **options))
+
+
+def repeated(row: str) -> float:
+    """Without ``no_sync``: what was reduced meets what comes."""
+    alone = build(Net)
+    engine, _ = started(row, Net, sgd, bucket_cap_mb=0.0005, reduce_dtype=F32)
+    for x, y in zip(*data(3, dist.get_world_size()), strict=True):
+        mse(alone, x, y).backward()
+        engine.backward(mse(engine.module, my_share(x), my_share(y)))
+    found = [_reduced(engine, parameter) for parameter in engine.module.parameters()]
+    return relative_error(found, [p.grad for p in alone.parameters() if p.grad is not None])
+
+
+@pytest.mark.parametrize("row", ["ddp", "zero1"])
+def test_what_was_reduced_meets_what_comes(ranks3: Ranks, row: str) -> None:
+    assert all(0 < error < SINGLE for error in ranks3.run(repeated, row))
 
 
 @without_patience
