@@ -68,8 +68,8 @@ class AccelFabricStrategy(SavingFabricStrategy):
         param_dtype: What forward and backward compute with instead of wider parameters of two or more dimensions, and
             what is gathered, while the optimizer updates the values as they came; for rows that shard optimizer state.
             By default fp16 or bf16 under mixed precision; ``torch.float32`` leaves rounding to autocast.
-        reduce_dtype: What gradients travel in, for rows that reduce in every backward; by default what they are
-            computed in.
+        reduce_dtype: What gradients travel in; by default what they are computed in, or rest in for rows that add them
+            up on each rank (``ddp`` and ``zero1``: fp32). ``torch.bfloat16`` or ``torch.float16`` halves those bytes.
         state_dict_type: ``"sharded"``: ``fabric.save`` makes a directory, to which every rank writes its part; the
             default for rows that shard optimizer state (unless there is a ``checkpoint_io``). ``"full"``: one file,
             which rank 0 writes. Either kind loads under every row and number of ranks.

@@ -86,8 +86,8 @@ class AccelStrategy(SavingStrategy):
         param_dtype: What forward and backward compute with instead of wider parameters of two or more dimensions, and
             what is gathered, while the optimizer updates the values as they came; for rows that shard optimizer state.
             By default fp16 or bf16 under mixed precision; ``torch.float32`` leaves rounding to autocast.
-        reduce_dtype: What gradients travel in, for rows that reduce in every backward; by default what they are
-            computed in.
+        reduce_dtype: What gradients travel in; by default what they are computed in, or rest in for rows that add them
+            up on each rank (``ddp`` and ``zero1``: fp32). ``torch.bfloat16`` or ``torch.float16`` halves those bytes.
         loss_weight: Says of a training batch how many tokens or samples its loss is the mean of. Ranks and accumulated
             micro-batches then count by it instead of each the same; see ``Engine.set_loss_weight``, which may be called
             in ``training_step`` instead (``self.trainer.strategy.engine``).

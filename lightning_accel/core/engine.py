@@ -74,8 +74,8 @@ class Engine:
             with. For rows that shard optimizer state. See core/dtypes.py.
         round_vectors: Have ``param_dtype`` mean parameters of less dimensions as well: for models that compute without
             autocast.
-        reduce_dtype: What gradients travel in, for rows that reduce in every backward; by default what they are
-            computed in. They are added up in the dtype that parameters came with.
+        reduce_dtype: What gradients travel in; by default what they are computed in, or rest in for rows that add them
+            up on each rank. They are added up in the dtype that parameters came with. See core/wire.py.
         grad_dtype: What gradients of parameters that ``param_dtype`` rounds are added up and rest in instead; the
             optimizer gets them in the dtype that parameters came with. Less precise, and what the ZeRO paper counts.
 
