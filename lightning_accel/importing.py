@@ -20,8 +20,9 @@ def after_import(name: str, action: Callable[[ModuleType], object]) -> None:
         action: What is called with it, once, after its code has run. What it raises, the import raises.
 
     """
-    if name in sys.modules:
-        action(sys.modules[name])
+    module = sys.modules.get(name)  # None says that it must not be imported
+    if module is not None:
+        action(module)
     else:
         sys.meta_path.insert(0, _Finder(name, action))
 
