@@ -28,6 +28,7 @@ reduction its scale is compared with that of the last.
 from __future__ import annotations
 
 import hashlib
+import warnings
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
@@ -80,6 +81,7 @@ class Compression:
         self._memories: dict[nn.Parameter, Memory] = {}
         self._reductions: list[LowRank] = []  # of this backward
         self._whole: list[Tensor] = []  # what travelled whole in it
+        self._has_warned = False
 
     @staticmethod
     def of(settings: PowerSGD | None, collectives: Collectives) -> Compression | None:
@@ -107,6 +109,26 @@ class Compression:
             memory.scale_now = scale_now
             if memory.scale is None:
                 memory.scale = scale_now()
+
+    def start_anew(self, load: Callable[[], None], parameters: Callable[[], Iterable[nn.Parameter]]) -> None:
+        """Load an optimizer's state, and forget what is kept of its parameters. Warns, once and on rank 0.
+
+        Args:
+            load: Loads it.
+            parameters: Gives them, afterwards.
+
+        """
+        load()
+        for parameter in parameters():
+            self._memories.pop(parameter, None)
+        if self._collectives.rank == 0 and not self._has_warned:
+            warnings.warn(
+                "Optimizer state was loaded, and what PowerSGD keeps is in no checkpoint: it starts anew, with"
+                f" {self.settings.start_powerSGD_iter} whole reductions (start_powerSGD_iter). Steps differ from those"
+                " of a run that goes on.",
+                stacklevel=2,
+            )
+        self._has_warned = True
 
     def all_reduce(
         self,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import warnings
 from typing import Any
 from unittest import mock
 
@@ -268,7 +269,10 @@ def scaled(scales: list[float]) -> list[Tensor]:
         optimizer.zero_grad()
         generator = torch.Generator().manual_seed(10 * number + dist.get_rank())
         wanted = [torch.randn(p.shape, dtype=F64, generator=generator) for p in module.parameters()]
-        engine.backward(scaler.scale(sum((p * g).sum() for p, g in zip(module.parameters(), wanted, strict=True))))
+        loss = torch.zeros((), dtype=F64)
+        for p, g in zip(module.parameters(), wanted, strict=True):
+            loss = loss + (p * g).sum()
+        engine.backward(scaler.scale(loss))
         scaler.step(optimizer)
         found += [p.grad.detach().clone() for p in module.parameters() if p.grad is not None]
     return found
@@ -357,7 +361,7 @@ def test_training_goes_where_it_goes_without(ranks2: Ranks) -> None:
         assert after < 0.1 * before
 
 
-ALL = {"gradient_compression": always(13, 0.01)}
+ALL: dict[str, Any] = {"gradient_compression": always(13, 0.01)}
 
 
 @pytest.mark.parametrize("bucket_cap_mb", [0.0005, pytest.param(25.0, marks=pytest.mark.matrix)])
@@ -455,3 +459,49 @@ def test_what_is_compressed() -> None:
     assert always(4).rank_of(torch.Size((2, 1000)), F32) == 0
     assert always(4).rank_of(torch.Size((64, 8, 8)), F32) == 4
     assert always().rank_of(torch.Size((64, 64)), torch.complex64) == 0
+
+
+def resumed() -> tuple[list[str], bool, bool]:
+    """Warnings of two loads, whether anything is kept after them, and whether the next reduction is a whole one."""
+    settings = PowerSGD(start_powerSGD_iter=1)
+    engine, optimizer = started("ddp", Thin, sgd, gradient_compression=settings)
+    train(engine, optimizer, 3)
+    assert engine.compression is not None
+    assert engine.compression.tensors()
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        optimizer.load_state_dict(optimizer.state_dict())
+        optimizer.load_state_dict(optimizer.state_dict())
+    empty = not engine.compression.tensors()
+    train(engine, optimizer, 1)
+    whole = not engine.compression.tensors()
+    return [str(one.message) for one in caught if "PowerSGD" in str(one.message)], empty, whole
+
+
+def test_it_starts_anew_from_a_checkpoint_and_says_so(ranks2: Ranks) -> None:
+    for rank, (caught, empty, whole) in enumerate(ranks2.run(resumed)):
+        assert len(caught) == (rank == 0)
+        assert all("starts anew, with 1 whole reductions" in message for message in caught)
+        assert empty
+        assert whole
+
+
+def drawn(settings: PowerSGD) -> tuple[list[Tensor], bool]:
+    """What two steps apply, and whether torch's generator was left alone."""
+    engine, module = mixture(settings)
+    before, found = torch.get_rng_state(), []
+    for step in (0, 2):
+        module.zero_grad()
+        engine.backward(loss_of(module, step))
+        found += [p.grad.clone() for p in (module.matrix, module.kernel) if p.grad is not None]
+    return found, torch.equal(before, torch.get_rng_state())
+
+
+def test_directions_are_drawn_alike(ranks2: Ranks) -> None:
+    runs = [ranks2.run(drawn, always(warm_start=False, random_seed=seed)) for seed in (0, 0, 1)]
+    for run in runs:
+        assert all(untouched for _, untouched in run)
+        for ours, others in zip(run[0][0], run[1][0], strict=True):
+            assert torch.equal(ours, others)
+    assert all(torch.equal(a, b) for a, b in zip(runs[0][0][0], runs[1][0][0], strict=True))
+    assert not any(torch.equal(a, b) for a, b in zip(runs[0][0][0], runs[2][0][0], strict=True))
