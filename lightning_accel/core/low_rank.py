@@ -18,11 +18,17 @@ be applied, and must not be taken for applied. So what is left out (and Q) chang
 units have been looked at, and stays as it was if anything in them is not finite. All compressed gradients are NaN then.
 These messages are sums that all ranks have bit for bit: so all come to the same conclusion, and no host waits for it.
 A number for each matrix says whether ranks have a gradient for it, and is NaN if that is not finite (M Q may not show
-it). If no rank has one the optimizer will leave the parameter alone: what was left out stays for later.
+it). If no rank has one the optimizer will leave the parameter alone: what was left out stays for later. Late gradients
+(see core/reduction.py) travel whole and come after this.
 
 [Note: scaled gradients]
 What is left out is of gradients times the loss scale. The scaler makes itself known when it unscales; before the next
-reduction its scale is compared with that of the last.
+reduction its scale is compared with that of the last. Weights of losses are not divided by before gradients have
+travelled: what is left out is a share of the weighted sum, and counts as such in the next one.
+
+[Note: alike on all ranks]
+Q, P and their product are computed on each rank, from the same numbers at the same places, by the same library: they
+are the same bits on ranks of like hardware and number of threads, as under torch's own hook.
 """
 
 from __future__ import annotations
@@ -61,8 +67,8 @@ class Memory:
         if self.scale_now is None:
             return
         scale = self.scale_now()
-        if self.error is not None and self.scale not in (None, scale):
-            self.error.mul_(scale / self.scale)  # type: ignore[operator]
+        if self.error is not None and self.scale is not None and self.scale != scale:
+            self.error.mul_(scale / self.scale)
         self.scale = scale
 
 
@@ -307,4 +313,5 @@ class LowRank(Pending):
 def orthonormal(columns: Tensor) -> Tensor:
     """Orthonormal columns that span at least what those of a tall matrix span; of zeros and dependent ones, too."""
     wide = columns if columns.dtype.itemsize >= 4 else columns.float()
-    return torch.linalg.qr(wide).Q.to(columns.dtype).contiguous()
+    found: Tensor = torch.linalg.qr(wide).Q
+    return found.to(columns.dtype).contiguous()
