@@ -284,6 +284,37 @@ def test_what_is_left_out_follows_the_loss_scale(ranks2: Ranks) -> None:
         assert relative_error(changing, plain) < EXACT
 
 
+def overflowing_steps(overflows: bool) -> tuple[list[Tensor], float, int]:
+    """Parameters after four steps; with an overflow on rank 1 after the second one, which halves the scale."""
+    module = build(Broken)
+    engine = Engine(module, "ddp", gradient_compression=always(), bucket_cap_mb=1e-6)
+    optimizer = torch.optim.SGD(module.parameters(), lr=0.1, momentum=0.9)
+    engine.add_optimizer(optimizer)
+    scaler = GradScaler(init_scale=1024.0)
+    for number in (0, 1, None, 2, 3) if overflows else (0, 1, 2, 3):
+        optimizer.zero_grad()
+        generator = torch.Generator().manual_seed(10 * (number or 0) + dist.get_rank())
+        loss = torch.zeros((), dtype=F64)
+        for p in module.parameters():
+            loss = loss + (p * torch.randn(p.shape, dtype=F64, generator=generator)).sum()
+        if number is None and dist.get_rank() == 1:
+            loss = loss + torch.inf * module.c.sum()
+        engine.backward(scaler.scale(loss))
+        scaler.unscale_(optimizer)
+        engine.clip_grad_norm_(optimizer, 1.0)
+        scaler.step(optimizer)
+        scaler.update()
+    return [p.detach().clone() for p in module.parameters()], scaler.get_scale(), scaler.skipped_steps
+
+
+def test_a_skipped_step_leaves_no_trace(ranks2: Ranks) -> None:
+    """But half the scale: a power of two, so that nothing else is rounded otherwise."""
+    pairs = zip(ranks2.run(overflowing_steps, True), ranks2.run(overflowing_steps, False), strict=True)
+    for (found, scale, skipped), (expected, _, _) in pairs:
+        assert (scale, skipped) == (512.0, 1)
+        assert relative_error(found, expected) < EXACT
+
+
 class Thin(nn.Module):
     """One matrix to compress: torch draws for all matrices of a bucket in an order of its own."""
 
