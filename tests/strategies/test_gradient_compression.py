@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import warnings
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from lightning.fabric import Fabric
 from lightning.fabric.plugins.precision.amp import MixedPrecision
-from torch import nn
+from models import FLOAT64, Data, Regression, trainer
+from torch import Tensor, nn
 
 import lightning_accel.strategies.fabric as twins
 from harness import Ranks
@@ -74,3 +77,34 @@ def test_a_scaler_of_another_class_is_refused() -> None:
             strategy=twins.AccelDDPStrategy(gradient_compression=SETTINGS),
             plugins=[MixedPrecision("16-mixed", device="cpu", scaler=Scaler("cpu"))],
         )
+
+
+def fitted(settings: PowerSGD | None, folder: Path) -> tuple[list[Tensor], list[str]]:
+    """Parameters after two epochs, the second one in a fit that resumes; and what that said of PowerSGD."""
+    said: list[str] = []
+    module = Regression(optimizer="SGD")
+    for epochs in (1, 2):
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always")
+            made = trainer(
+                AccelDDPStrategy(gradient_compression=settings),
+                max_epochs=epochs,
+                accumulate_grad_batches=2,
+                gradient_clip_val=0.5,
+            )
+            made.fit(module, Data(), ckpt_path=None if epochs == 1 else folder / "first.ckpt")
+        said += [str(one.message) for one in caught if "PowerSGD" in str(one.message)]
+        if epochs == 1:
+            made.save_checkpoint(folder / "first.ckpt")
+    return [p.detach().clone() for p in module.parameters()], said
+
+
+def test_a_fit_that_resumes(ranks2: Ranks, tmp_path: Path) -> None:
+    """With all columns nothing is left out: parameters are those of whole gradients."""
+    everything = PowerSGD(matrix_approximation_rank=5, start_powerSGD_iter=1, min_compression_rate=0.01)
+    plain = ranks2.run(fitted, None, tmp_path)
+    for rank, (found, said) in enumerate(ranks2.run(fitted, everything, tmp_path)):
+        assert len(said) == (rank == 0)
+        for ours, theirs in zip(found, plain[rank][0], strict=True):
+            assert float((ours - theirs).norm() / theirs.norm()) < FLOAT64
+        assert any(not torch.equal(ours, theirs) for ours, theirs in zip(found, plain[rank][0], strict=True))
