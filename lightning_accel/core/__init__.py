@@ -9,15 +9,28 @@ if TYPE_CHECKING:
     from lightning_accel.core.grad_scaler import GradScaler
     from lightning_accel.core.optimizer import register_elementwise
     from lightning_accel.core.placement import ROWS, Rest, Row
+    from lightning_accel.core.power_sgd import PowerSGD
     from lightning_accel.core.registry import engine_of
     from lightning_accel.core.report import Report
 
-__all__ = ["ROWS", "Average", "Engine", "GradScaler", "Report", "Rest", "Row", "engine_of", "register_elementwise"]
+__all__ = [
+    "ROWS",
+    "Average",
+    "Engine",
+    "GradScaler",
+    "PowerSGD",
+    "Report",
+    "Rest",
+    "Row",
+    "engine_of",
+    "register_elementwise",
+]
 
 _HOMES = {
     "Average": "average",
     "Engine": "engine",
     "GradScaler": "grad_scaler",
+    "PowerSGD": "power_sgd",
     "register_elementwise": "optimizer",
     "engine_of": "registry",
     "Report": "report",

@@ -160,6 +160,8 @@ class Reduction:
             for unit in self._in_flight:
                 unit.advance()
             self._in_flight.pop(0).finish()
+        if self._roster.compression is not None:
+            self._roster.compression.commit()
         for unit in self._active:
             unit.settle(used[unit])
         late, agreed = agreed[: len(units)], agreed[len(units) :]

@@ -33,6 +33,7 @@ from torch import Tensor, nn
 
 from lightning_accel.core.collectives import Pending
 from lightning_accel.core.layout import Layout
+from lightning_accel.core.low_rank import Compression
 from lightning_accel.core.memory import taken, zeros
 from lightning_accel.core.mesh import Mesh
 from lightning_accel.core.parameter_memory import Gauge, ParameterMemory
@@ -84,6 +85,7 @@ class Unit:
         reduce_dtype: What gradients travel in; by default what they are computed in or, where they are added up on each
             rank, what they rest in. Complex ones always do.
         grad_dtype: What gradients rest in where there are master values; by default the dtype of these.
+        compression: Of gradients that all ranks have whole, if they are to be.
 
     """
 
@@ -102,8 +104,10 @@ class Unit:
         dtype: torch.dtype | None = None,
         reduce_dtype: torch.dtype | None = None,
         grad_dtype: torch.dtype | None = None,
+        compression: Compression | None = None,
     ) -> None:
         self.name = name
+        self._compression = compression
         self.layout = layout
         self.block = block
         self.parameters = [parameters[slot.index] for slot in layout.slots]
@@ -420,7 +424,7 @@ class Unit:
                 self.grad[slot.start : slot.stop].zero_()
         self.phase = Phase.REDUCING
         if self._row.gradients is Rest.REPLICATED:
-            self._reduction = self._all_reduce(self.grad)
+            self._reduction = self._all_reduce(self.grad) if self._compression is None else self._compress()
         else:
             # Straight to the resting place, unless gradients already there must be added to.
             out = self.rest if self._aside is None else self.grad[slice(*self.part)]
@@ -436,6 +440,13 @@ class Unit:
         if self._wire is not None:
             return self._wire.all_reduce(gradients)
         return self._mesh.shard.all_reduce(gradients, self.layout)
+
+    def _compress(self) -> Pending:
+        assert self._compression is not None
+        assert self.grad is not None
+        return self._compression.all_reduce(
+            self.grad, self.layout, self._grad_views, self.contributes, self.parameters, self.names
+        )
 
     def _reduce_scatter(self, gradients: Tensor, out: Tensor) -> Pending:
         if self._wire is not None:
