@@ -4,8 +4,8 @@ Each rank is one process, which holds all contestants (`benchmarks.savers`): the
 save and load in turns, in one folder. Before any is timed each has shown that it loads what it saved: all memory is set
 to zero in between, and checksums are compared.
 
-[Note: seconds] From one barrier to the next. A save ends when its files have reached the disk: whoever does not see to
-that is followed by fsync, and when the call itself was over is shown as well. Before a save the kernel writes out
+[Note: seconds] From one barrier to the next. A save ends when its files have reached the disk: each rank calls
+fsync for its own, and when the call itself was over is shown as well. Before a save the kernel writes out
 whatever else there is. A load is warm (out of the page cache) or cold (the kernel was told to drop the files).
 
 [Note: extra memory] The high-water mark of the resident set (``VmHWM``) less the resident set before, of the rank where
@@ -20,7 +20,6 @@ import argparse
 import ctypes
 import json
 import os
-import re
 import shutil
 import statistics
 import tempfile
@@ -37,6 +36,7 @@ from benchmarks.config import Config
 from benchmarks.measure import peak_resident_bytes, reset_peak, resident_bytes
 from benchmarks.models import MODELS, build_model
 from benchmarks.savers import CONTESTANTS, REFERENCE, AccelAlone, AccelFSDP, Contestant, Sharded
+from benchmarks.saving import files_of, sync_files
 from benchmarks.stats import Spread, ratios, visiting_order
 
 Figures = dict[str, list[float]]
@@ -150,7 +150,7 @@ class _Race:
             self._quieten()
             self._timed(figures, "save", lambda c=contestant, p=path: self._save(c, p))
             for owner in range(self.ranks):
-                size = sum(file.stat().st_size for file in _files(path, owner))
+                size = sum(file.stat().st_size for file in files_of(path, owner))
                 figures.setdefault(f"bytes of rank {owner}", []).append(size)
             self._timed(figures, "warm load", lambda c=contestant, p=path: c.load(p))
             self._drop(path)
@@ -174,10 +174,7 @@ class _Race:
         start = time.perf_counter()
         contestant.save(path)
         own = time.perf_counter() - start
-        if not contestant.syncs:
-            for file in _files(path, self.rank):
-                with file.open("rb") as stream:
-                    os.fsync(stream.fileno())
+        sync_files(path, self.rank)
         return own
 
     def _background(self, figures: Figures, contestant: Sharded, path: Path) -> None:
@@ -220,7 +217,7 @@ class _Race:
     def _drop(self, path: Path) -> None:
         """Have the page cache without the files."""
         if self.rank == 0:
-            for file in path.rglob("*"):
+            for file in filter(Path.is_file, path.rglob("*")):
                 with file.open("rb") as stream:
                     os.posix_fadvise(stream.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
         dist.barrier()
@@ -230,12 +227,6 @@ class _Race:
         if self.rank == 0:
             shutil.rmtree(path)
         dist.barrier()
-
-
-def _files(path: Path, rank: int) -> list[Path]:
-    """The files that a rank has written: those with its number, and rank 0 those with none."""
-    found = {file: re.match(r"__(\d+)_", file.name) for file in path.rglob("*") if file.is_file()}
-    return [file for file, number in found.items() if (int(number[1]) if number else 0) == rank]
 
 
 def _read_bytes() -> int:

@@ -29,6 +29,8 @@ class Config:
     """Timed optimizer steps of one visit."""
     warmup: int = 2
     """Untimed first steps: lazy optimizer state, DDP's bucket rebuild and our learned order all settle in two."""
+    saves: int = 3
+    """Saves, and loads, of every peer; none if 0."""
     seed: int = 1234
     """Seeds the weights and the batches."""
     learning_rate: float = 1e-3

@@ -76,6 +76,7 @@ class Crew:
                 world_size=world_size,
                 threads=threads,
                 rendezvous=str(folder / f"{spec.name}.rendezvous"),
+                checkpoints=str(folder / f"{spec.name}.checkpoints"),
                 born=time.perf_counter(),
                 log=str(log),
                 hosts=hosts,

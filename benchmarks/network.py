@@ -68,7 +68,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         parser.error(str(error))
     if options.ranks % options.hosts or options.ranks < options.hosts:
         parser.error(f"expected as many ranks on each host, got {options.ranks} ranks and {options.hosts} hosts")
-    config = Config(model=options.model, ranks=options.ranks, rounds=options.rounds, steps=options.steps)
+    config = Config(model=options.model, ranks=options.ranks, rounds=options.rounds, steps=options.steps, saves=0)
     obstacles = {spec.name: spec.obstacle(config) for spec in specs}
     able = [spec for spec in specs if obstacles[spec.name] is None]
     if not able:

@@ -24,6 +24,8 @@ COLUMNS = (
     "per s",
     "over single",
     "start s",
+    "save s",
+    "load s",
     "wire MiB",
     "calls",
     "peak MiB",
@@ -33,7 +35,7 @@ COLUMNS = (
 )
 _TABLES = (
     ("Time and communication", ("step ms", "ratio", "quartiles", "wire MiB", "losses")),
-    ("Throughput, start and calls", ("per s", "over single", "start s", "calls")),
+    ("Throughput, start, checkpoints and calls", ("per s", "over single", "start s", "save s", "load s", "calls")),
     ("Memory, MiB", ("peak MiB", "alloc MiB", *(f"{kind} MiB" for kind in KINDS))),
 )
 
@@ -52,6 +54,7 @@ def cells(result: PeerResult) -> list[str]:
         f"{result.units_per_step / median(result.seconds):,.0f}",
         "-" if result.over_single is None else f"{result.over_single:+.1%}",
         f"{max(result.start_seconds):.1f}",
+        *_saving(result),
         _mib(fmean(result.wire)),
         str(sum(result.collectives.values())),
         _mib(max(result.peak_memory)),
@@ -85,6 +88,8 @@ def legend(header: Mapping[str, Any]) -> str:
         f"ratio: to {header['reference']} in the same round, median and quartiles. "
         f"per s: {header['unit']} of all ranks. over single: what the step takes more than single's. "
         "start s: from the start of the process to the end of the first step, imports included. "
+        f"save s, load s: all that is trained, medians of {config['saves']}, one by one after the rounds; until files "
+        "have reached the disk, and out of the page cache. "
         "wire: bytes that a rank sends, or reads from another's memory, per step. "
         "calls: collectives, sends and receives per step. "
         "losses: the largest relative difference from one process on the global batch "
@@ -109,9 +114,12 @@ def situation(header: Mapping[str, Any], results: Sequence[PeerResult]) -> str:
 
 
 def notes(header: Mapping[str, Any], results: Sequence[PeerResult]) -> list[str]:
-    """A line for every peer that did not run, failed, was compared with another, or whose losses are wrong."""
+    """A line for all that did not run, failed, was compared with another, has wrong losses, or does not load."""
     lines = [f"{result.name} did not run: {result.obstacle}" for result in results if result.status == "not run"]
     lines += [f"{result.name} failed: {result.failure}" for result in results if result.status == "failed"]
+    lines += [
+        f"{result.name}: saving and loading not measured: {result.unsaved}" for result in results if result.unsaved
+    ]
     others: dict[str | None, list[str]] = {
         result.ratio_to: [] for result in results if result.ratio_to not in (None, header["reference"])
     }
@@ -195,6 +203,11 @@ def write_jsonl(path: Path, runs: Sequence[tuple[Mapping[str, Any], Sequence[Pee
 
 def _mib(size: float) -> str:
     return f"{size / MIB:.1f}"
+
+
+def _saving(result: PeerResult) -> list[str]:
+    measured = () if result.unsaved else (result.save_seconds, result.load_seconds)
+    return [f"{median(seconds):.3f}" for seconds in measured] or ["-", "-"]
 
 
 def _verdict(result: PeerResult) -> str:

@@ -50,6 +50,14 @@ class PeerResult:
     losses: list[list[float]] = field(default_factory=list)
     """Mean losses over ranks, in nats: one trajectory, or one per run for a peer that starts anew each time."""
     check: LossCheck | None = None
+    save_seconds: list[float] = field(default_factory=list)
+    """Seconds of each save, of the slowest rank."""
+    load_seconds: list[float] = field(default_factory=list)
+    """Seconds of each load, of the slowest rank."""
+    load_check: LossCheck | None = None
+    """Whether the losses after a load are those after the save."""
+    unsaved: str | None = None
+    """Why saving and loading were not measured, in one line."""
 
     @property
     def status(self) -> Status:

@@ -15,6 +15,7 @@ from benchmarks.crew import LIMIT_SECONDS, Crew, RankFailed
 from benchmarks.models import units_per_step
 from benchmarks.peers import ORACLE, Spec
 from benchmarks.result import PeerResult
+from benchmarks.saving import Saving
 from benchmarks.stats import COMPARED_STEPS, TOLERANCES, check_losses, over, ratios, visiting_order
 
 
@@ -57,7 +58,7 @@ class Runner:
         self.folder = Path(tempfile.mkdtemp(prefix="benchmarks-"))
         self.crews: dict[str, Crew] = {}
         self._done = 0
-        self._pieces = 1 + len(specs) * (1 + config.rounds * len(conditions))
+        self._pieces = 1 + len(specs) * (1 + config.rounds * len(conditions) + bool(config.saves))
 
     def __enter__(self) -> "Runner":
         return self
@@ -128,16 +129,30 @@ class Runner:
         return psutil.virtual_memory().available > 2 * largest
 
     def _dismiss(self, result: PeerResult) -> None:
-        """Take a peer's last figure, and end it."""
+        """Take a peer's last figures, and end it. If one of these fails, the others stay what they are."""
         crew = self.crews[result.name]
         try:
+            # Late, as torch's profiler ends a process now and then: this figure is not there, and those before it are.
             result.allocator_peak = [peak for peak in crew.ask("allocator") if peak is not None]
+            if self.config.saves:
+                self._save(result, crew)
         except RankFailed as failure:
-            # Last, as torch's profiler ends a process now and then: this figure is not there, and the others are.
-            result.story = str(failure)
+            result.story, result.unsaved = str(failure), f"{crew.command}: {failure.brief}"
         else:
             crew.ask("close")
         self.crews.pop(result.name).end()
+
+    def _save(self, result: PeerResult, crew: Crew) -> None:
+        """Have a peer save and load."""
+        self._begin(f"{result.name}: saving and loading")
+        found: list[Saving] = crew.ask("saving")
+        checks = [saving.check for saving in found if saving.check is not None]
+        result.load_check = max(checks, key=lambda check: check.difference)
+        result.save_seconds = [max(seconds) for seconds in zip(*(saving.save for saving in found), strict=True)]
+        result.load_seconds = [max(seconds) for seconds in zip(*(saving.load for saving in found), strict=True)]
+        if not result.load_check.passed:
+            off = f"{result.load_check.difference:.1e}"
+            result.unsaved = f"what was loaded is not what was saved: a loss after that is off by {off} of its value"
 
     def _expected_losses(self) -> list[float]:
         """The losses of the first steps of one process that sees all batches."""

@@ -1,28 +1,27 @@
-"""Who saves and loads in `benchmarks.checkpoint`, one class each: the same model with AdamW, after one step."""
+"""Who saves and loads in `benchmarks.checkpoint`, one class each: the same model with AdamW, after one step.
+
+How most of them do it is the suite's own (`benchmarks.peers`).
+"""
 
 import zlib
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import ClassVar
 
-import lightning
 import torch
 import torch.distributed as dist
-import torch.distributed.checkpoint as dcp
-from torch import Tensor, nn
-from torch.distributed.checkpoint import state_dict as torch_states
-from torch.distributed.device_mesh import init_device_mesh
+from torch import Tensor
 from torch.distributed.tensor import DTensor
-from torch.optim import Optimizer
 
 from benchmarks.config import Config
-from benchmarks.models import Batch, Batches, build_model, build_optimizer
-from benchmarks.peers.shard import shard
+from benchmarks.peers.accel import AccelEngine
+from benchmarks.peers.base import Peer
+from benchmarks.peers.fabric import FabricPeer
+from benchmarks.peers.single import Single
+from benchmarks.peers.torch_fsdp2 import TorchFSDP2
+from lightning_accel import engine_of
 from lightning_accel.core import Engine
-from lightning_accel.core.checkpoint import Reader, Saver
-from lightning_accel.core.checkpoint.engine_state import load_model, model_shards, optimizer_shards
-from lightning_accel.core.checkpoint.nest import put_tensors
 from lightning_accel.strategies.fabric import AccelFSDPStrategy
 
 
@@ -33,39 +32,33 @@ class Contestant(ABC):
         config: The model, the number of ranks, and which one this is.
     """
 
-    syncs = False
-    """Whether files have reached the disk when `save` returns."""
-    module: nn.Module
-    optimizer: Optimizer
+    peer: Peer
+    """A peer of the suite, that has trained one step: from then on there are moments to save."""
 
     def __init__(self, config: Config) -> None:
         self.config = config
-        self.module = build_model(config)
-        self.wrap()
-        self.backward(Batches(config).of_rank(0)[0])
-        self.optimizer.step()  # from here on there are moments to save
-        self.optimizer.zero_grad()
-
-    def wrap(self) -> None:
-        """Set `optimizer`, and make of `module` what is trained on all ranks."""
-        self.optimizer = build_optimizer(self.module.parameters(), self.config)
-
-    def backward(self, batch: Batch) -> None:
-        """Forward and backward of a batch."""
-        self.module(*batch).backward()
+        self.peer = self.make()
+        self.peer.setup(config)
+        self.peer.first_step()
+        self.peer.clear()
 
     @abstractmethod
+    def make(self) -> Peer:
+        """The peer, not set up yet."""
+
     def save(self, path: Path) -> None:
         """Save to `path`, where there is nothing."""
+        path.mkdir(exist_ok=True)  # by whichever rank comes first
+        self.peer.save(path)
 
-    @abstractmethod
     def load(self, path: Path) -> None:
         """Load what was saved into the model and the optimizer."""
+        self.peer.load(path)
 
     def tensors(self) -> Iterable[Tensor]:
         """This rank's memory of what is saved."""
-        yield from map(_local, self.module.parameters())
-        for values in self.optimizer.state.values():
+        yield from map(_local, self.peer.module.parameters())
+        for values in self.peer.optimizer.state.values():
             yield from (_local(values[key]) for key in sorted(values))
 
     def digest(self) -> list[int]:
@@ -99,57 +92,32 @@ def _checksum(tensor: Tensor) -> int:
 class Sharded(Contestant):
     """Our engine and its Saver: each rank writes its part of a directory."""
 
-    syncs = True
-    row: str
+    row: ClassVar[str]
+    peer: AccelEngine
 
-    def wrap(self) -> None:
-        """Hang an engine on the module."""
-        super().wrap()
-        self.engine = Engine(self.module, self.row, group=self.group())
-        self.added = self.engine.add_optimizer(self.optimizer)
-        self.engine.build()
-        collectives = self.engine.collectives
-        self.saver = Saver(collectives.gather_objects, collectives.rank)
-
-    def group(self) -> dist.ProcessGroup | None:
-        """The ranks that train together; all, if None."""
-        return None
-
-    def backward(self, batch: Batch) -> None:
-        """The engine's."""
-        self.engine.backward(self.module(*batch))
-
-    def save(self, path: Path) -> None:
-        """Save a directory, and wait for it."""
-        self.saver.save(path, self._state())
+    def make(self) -> AccelEngine:
+        """The engine."""
+        return AccelEngine(row=self.row)
 
     def begin_saving(self, path: Path) -> None:
         """Save in the background: the part that training waits for."""
-        self.saver.save(path, self._state(), background=True)
+        path.mkdir(exist_ok=True)
+        self.peer.begin_saving(path, background=True)
 
     def finish_saving(self) -> None:
         """Wait for the rest."""
-        self.saver.finish()
-
-    def _state(self) -> dict[str, Any]:
-        return {"state_dict": model_shards(self.engine), "optimizer_states": [optimizer_shards(self.added)]}
-
-    def load(self, path: Path) -> None:
-        """Load a directory of any row and number of ranks."""
-        reader = Reader(path)
-        saved = put_tensors(reader.objects(), reader.tensors())
-        load_model(self.module, saved["state_dict"], engine=self.engine)
-        self.optimizer.load_state_dict(saved["optimizer_states"][0])
+        self.peer.saver.finish()
 
     def tensors(self) -> Iterator[Tensor]:
         """This rank's part of the units, and of the moments."""
-        return _of_engine(self.engine)
+        return _of_engine(self.peer.engine)
 
     def whole(self) -> dict[str, int]:
         """Checksums of whole parameters and, on rank 0, of their moments, by name: the same for each layout."""
-        with self.engine.full_parameters():
-            found = {name: _checksum(parameter) for name, parameter in self.module.named_parameters()}
-        for number, values in self.optimizer.state_dict().get("state", {}).items():
+        peer = self.peer
+        with peer.engine.full_parameters():
+            found = {name: _checksum(parameter) for name, parameter in peer.module.named_parameters()}
+        for number, values in peer.optimizer.state_dict().get("state", {}).items():
             found |= {f"{number}.{key}": _checksum(value) for key, value in values.items()}
         return found
 
@@ -166,14 +134,17 @@ class AccelZeRO2(Sharded):
     row = "zero2"
 
 
+class _Alone(AccelEngine):
+    def group(self) -> dist.ProcessGroup | None:
+        return dist.new_subgroups(1)[0]
+
+
 class AccelAlone(Sharded):
     """Each rank trains for itself."""
 
-    row = "fsdp"
-
-    def group(self) -> dist.ProcessGroup | None:
-        """This rank."""
-        return dist.new_subgroups(1)[0]
+    def make(self) -> AccelEngine:
+        """The engine of this rank."""
+        return _Alone(row="fsdp")
 
 
 class TorchSave(Contestant):
@@ -181,14 +152,19 @@ class TorchSave(Contestant):
 
     def __init__(self, config: Config) -> None:
         super().__init__(config)
-        entries = {f"model.{name}": parameter.detach() for name, parameter in self.module.named_parameters()}
-        for name, parameter in self.module.named_parameters():
+        module, states = self.peer.module, self.peer.optimizer.state
+        entries = {f"model.{name}": parameter.detach() for name, parameter in module.named_parameters()}
+        for name, parameter in module.named_parameters():
             for key in ("exp_avg", "exp_avg_sq"):
-                entries[f"optimizer.{name}.{key}"] = self.optimizer.state[parameter][key]
+                entries[f"optimizer.{name}.{key}"] = states[parameter][key]
         self.mine = {
             key: value.flatten().tensor_split(config.ranks)[config.rank].clone() for key, value in entries.items()
         }
-        del self.module, self.optimizer
+        self.peer.teardown()
+
+    def make(self) -> Single:
+        """What its tensors are taken from."""
+        return Single()
 
     def save(self, path: Path) -> None:
         """One file for each rank."""
@@ -208,79 +184,34 @@ class TorchSave(Contestant):
 class TorchDCP(Contestant):
     """torch.distributed.checkpoint with FSDP2 and its get_… and set_…_state_dict."""
 
-    syncs = True
-
-    def wrap(self) -> None:
-        """As torch's tutorial: each block, then the root."""
-        shard(self.module, init_device_mesh("cpu", (self.config.ranks,)))
-        super().wrap()
-
-    def _state(self) -> dict[str, Any]:
-        return {
-            "model": torch_states.get_model_state_dict(self.module),
-            "optimizer": torch_states.get_optimizer_state_dict(self.module, self.optimizer),
-        }
-
-    def save(self, path: Path) -> None:
-        """With its default writer, which syncs files."""
-        dcp.save(self._state(), checkpoint_id=path)
-
-    def load(self, path: Path) -> None:
-        """Into the state dicts, and these into the model and the optimizer."""
-        state = self._state()
-        dcp.load(state, checkpoint_id=path)
-        torch_states.set_model_state_dict(self.module, state["model"])
-        torch_states.set_optimizer_state_dict(self.module, self.optimizer, state["optimizer"])
+    def make(self) -> TorchFSDP2:
+        """FSDP2."""
+        return TorchFSDP2(reshard_after_forward=True)
 
 
-class Full(Contestant):
-    """One file of everything, by Fabric and one of its strategies."""
+class LightningFull(Contestant):
+    """Fabric with Lightning's DDP and its checkpoint_io: torch.save to memory, and then to the one file."""
 
-    def strategy(self) -> Any:
-        """Fabric's strategy."""
-        raise NotImplementedError
-
-    def wrap(self) -> None:
-        """``fabric.setup``; the environment says which rank this is, so that Fabric launches nothing."""
-        super().wrap()
-        self.fabric = lightning.Fabric(accelerator="cpu", devices=self.config.ranks, strategy=self.strategy())
-        self.fabric.launch()
-        model, optimizer = self.fabric.setup(self.module, self.optimizer)
-        self.state: dict[str, Any] = {"model": model, "optimizer": optimizer}
-
-    def backward(self, batch: Batch) -> None:
-        """Fabric's."""
-        self.fabric.backward(self.state["model"](*batch))
-
-    def save(self, path: Path) -> None:
-        """As users do."""
-        self.fabric.save(path / "checkpoint.ckpt", self.state)
-
-    def load(self, path: Path) -> None:
-        """As users do."""
-        self.fabric.load(path / "checkpoint.ckpt", self.state)
-
-
-class LightningFull(Full):
-    """Lightning's DDP and its checkpoint_io: torch.save to memory, and then to the file."""
-
-    def strategy(self) -> str:
+    def make(self) -> FabricPeer:
         """Lightning's own."""
-        return "ddp"
+        return FabricPeer(strategy="ddp")
 
 
-class AccelFull(Full):
-    """Ours, from parts on all ranks, which syncs the file."""
-
-    syncs = True
-
+class _Full(FabricPeer):
     def strategy(self) -> AccelFSDPStrategy:
-        """The row fsdp, saving whole checkpoints."""
         return AccelFSDPStrategy(state_dict_type="full")
+
+
+class AccelFull(Contestant):
+    """Fabric with ours: one file from parts on all ranks."""
+
+    def make(self) -> FabricPeer:
+        """The row fsdp, saving whole checkpoints."""
+        return _Full(strategy="accel_fsdp")
 
     def tensors(self) -> Iterator[Tensor]:
         """This rank's part of the units, and of the moments."""
-        return _of_engine(self.state["model"]._forward_module.engine)
+        return _of_engine(engine_of(self.peer.module))
 
 
 CONTESTANTS: dict[str, type[Contestant]] = {

@@ -97,6 +97,22 @@ class Timeline:
         return most
 
 
+def allocator_peak(peer: "Peer") -> int | None:
+    """The most bytes that the tensors of this rank have at any moment of a step, or None if that cannot be recorded.
+
+    On a GPU that is what its allocator says of a lead-in step and one more.
+    """
+    if torch.cuda.is_initialized() and torch.cuda.memory_allocated():
+        torch.cuda.reset_peak_memory_stats()
+        peer.run(1)
+        return torch.cuda.max_memory_allocated()
+    if not peer.has_phases:
+        return None
+    recorder = Recorder(peer)
+    recorder.run()
+    return recorder.timeline.peak
+
+
 class Recorder:
     """Has a peer train a lead-in step and one more, and leaves the `timeline` of that. See [Note: memory timeline].
 

@@ -13,6 +13,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from datetime import timedelta
 from multiprocessing.connection import Connection
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from benchmarks import hosts
@@ -35,6 +36,8 @@ class Post:
     threads: int
     rendezvous: str
     """Path of the file that the ranks of one peer meet at."""
+    checkpoints: str
+    """Path of a folder to save in, on the disk of all ranks; it is not there yet."""
     born: float
     """`time.perf_counter()` when the process was started; all processes of a machine share that clock on Linux."""
     log: str
@@ -103,7 +106,7 @@ def _serve(spec: "Spec", post: Post, pipe: Connection) -> None:
     import torch.distributed as dist
 
     from benchmarks import measure
-    from benchmarks.timeline import Recorder
+    from benchmarks.timeline import Recorder, allocator_peak
 
     torch.set_num_threads(post.threads)
     dist.init_process_group(
@@ -140,15 +143,13 @@ def _serve(spec: "Spec", post: Post, pipe: Connection) -> None:
             peer.run(steps, collectives)
             answer = collectives.counts
         elif command == "allocator":
-            answer = None
-            if peer.has_phases:
-                recorder = Recorder(peer)
-                recorder.run()
-                answer = recorder.timeline.peak
+            answer = allocator_peak(peer)
         elif command == "timeline":
             recorder = Recorder(peer)
             recorder.run()
             answer = recorder.timeline
+        elif command == "saving":
+            answer = peer.time_saving(Path(post.checkpoints), post.config.saves)
         elif command == "losses":
             answer = peer.history
         elif command == "peak":

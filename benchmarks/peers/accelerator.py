@@ -1,6 +1,7 @@
 """Our ``Accelerator``, beside Hugging Face's."""
 
 from contextlib import AbstractContextManager, nullcontext
+from pathlib import Path
 from typing import Any, cast
 
 from torch import Tensor
@@ -40,6 +41,14 @@ class AcceleratorPeer(Peer):
     def settle(self) -> None:
         """The gathers after the update, which the next forward waits for."""
         engine_of(self.module).wait()
+
+    def save(self, path: Path) -> None:
+        """Its ``save_state``."""
+        self.accelerator.save_state(path / "state")
+
+    def load(self, path: Path) -> None:
+        """Its ``load_state``."""
+        self.accelerator.load_state(path / "state")
 
     def optimizers(self) -> list[Optimizer]:
         """The optimizer below the prepared one."""

@@ -3,6 +3,7 @@
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Mapping
 from contextlib import AbstractContextManager, nullcontext
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -13,6 +14,7 @@ from torch.optim import Optimizer
 from benchmarks.config import Config
 from benchmarks.measure import Probe, census
 from benchmarks.models import Batch, Batches, build_model
+from benchmarks.saving import LOST_STEPS, Saving, Stopwatch
 
 
 class Peer(ABC):
@@ -102,6 +104,38 @@ class Peer(ABC):
         with probe or nullcontext():
             for _ in range(steps):
                 self.step()
+
+    def save(self, path: Path) -> None:
+        """Save what is trained into the empty folder `path`, as this peer's users do; by default rank 0 torch.save's.
+
+        All ranks call it together.
+        """
+        if self.config.rank == 0:
+            torch.save(self.state(), path / "checkpoint.pt")
+
+    def state(self) -> dict[str, Any]:
+        """What rank 0 saves by default."""
+        return {"model": self.module.state_dict(), "optimizer": self.optimizer.state_dict()}
+
+    def load(self, path: Path) -> None:
+        """Load what was saved; by default every rank reads the one file. All ranks call it together."""
+        self.load_file(path / "checkpoint.pt")
+
+    def load_file(self, file: Path) -> None:
+        """Load a file of `state`."""
+        state = torch.load(file, weights_only=True)
+        self.module.load_state_dict(state["model"])
+        self.optimizer.load_state_dict(state["optimizer"])
+
+    def time_saving(self, folder: Path, times: int) -> Saving:
+        """Save and load `times` times each, see `benchmarks.saving`; trains some steps."""
+        stopwatch = Stopwatch(self, self.config.rank, folder, times)
+        stopwatch.save()
+        before = [self.step() for _ in range(LOST_STEPS)]
+        stopwatch.load()
+        del self.history[-1][-LOST_STEPS:]  # the same batches again
+        after = [self.step() for _ in range(LOST_STEPS)]
+        return stopwatch.result(self.history[-1][0], before, after)
 
     def settle(self) -> None:
         """Wait for communication that the last step has left in flight, if the peer does so."""

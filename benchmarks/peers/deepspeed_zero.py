@@ -14,6 +14,7 @@ DeepSpeed keeps an fp32 copy of this rank's part of the parameters even where th
 import os
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
+from pathlib import Path
 from typing import Any
 
 os.environ.setdefault("DS_ACCELERATOR", "cpu")
@@ -27,6 +28,7 @@ from benchmarks.config import Config  # noqa: E402
 from benchmarks.models import MODELS, build_optimizer  # noqa: E402
 from benchmarks.peers.base import Peer  # noqa: E402
 
+_TAG = "checkpoint"
 BUCKET_ELEMENTS = 25 * 2**20 // 4
 
 
@@ -94,6 +96,15 @@ class DeepSpeedZeRO(Peer):
         parts = [p.ds_tensor for p in self.module.parameters() if hasattr(p, "ds_tensor")]
         buffer = getattr(self.engine.optimizer, "grad_partitions_flat_buffer", None)
         return {"parameters": parts, "gradients": [] if buffer is None else [buffer]}
+
+    def save(self, path: Path) -> None:
+        """Its ``save_checkpoint``: a file of the model, and one of each rank's optimizer state."""
+        self.engine.save_checkpoint(str(path), tag=_TAG)
+
+    def load(self, path: Path) -> None:
+        """Its ``load_checkpoint``."""
+        if self.engine.load_checkpoint(str(path), tag=_TAG)[0] is None:
+            raise RuntimeError(f"Expected DeepSpeed to load {path}, it has not.")
 
     def teardown(self) -> None:
         """Take its hooks off."""

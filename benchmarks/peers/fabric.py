@@ -2,6 +2,7 @@
 
 from contextlib import AbstractContextManager, nullcontext
 from importlib import import_module
+from pathlib import Path
 from typing import Any, cast
 
 import lightning
@@ -39,7 +40,7 @@ class FabricPeer(Peer):
         self.fabric = lightning.Fabric(
             accelerator="cpu",
             devices=config.ranks,
-            strategy=ModelParallelStrategy(_sharded, config.ranks, 1) if sharded else strategy,
+            strategy=ModelParallelStrategy(_sharded, config.ranks, 1) if sharded else self.strategy(),
             precision=config.precision,
         )
         self.fabric.launch()
@@ -51,6 +52,10 @@ class FabricPeer(Peer):
             self.bare_optimizer = build_optimizer(self.module.parameters(), config)
             self.wrapped, wrapped_optimizer = self.fabric.setup(self.module, self.bare_optimizer)
         self.model, self.optimizer = self.wrapped, cast(Optimizer, wrapped_optimizer)
+
+    def strategy(self) -> Any:
+        """What Fabric is told."""
+        return self.arguments["strategy"]
 
     def forward_context(self) -> AbstractContextManager[Any]:
         """Nothing: Fabric's module autocasts by itself."""
@@ -65,6 +70,18 @@ class FabricPeer(Peer):
     def backward(self, loss: Tensor) -> None:
         """Fabric's backward."""
         self.fabric.backward(loss)
+
+    def save(self, path: Path) -> None:
+        """``fabric.save``: what it makes of the path, a file or a directory, is up to its strategy."""
+        self.fabric.save(path / "checkpoint.ckpt", self.state())
+
+    def state(self) -> dict[str, Any]:
+        """What Fabric saves, and loads into."""
+        return {"model": self.wrapped, "optimizer": self.optimizer}
+
+    def load(self, path: Path) -> None:
+        """``fabric.load``, in place."""
+        self.fabric.load(path / "checkpoint.ckpt", self.state())
 
     def settle(self) -> None:
         """What our engine has in flight, if it is one of our strategies."""

@@ -1,6 +1,7 @@
 """Hugging Face Accelerate."""
 
 from contextlib import AbstractContextManager, nullcontext
+from pathlib import Path
 from typing import Any, cast
 
 from accelerate import Accelerator
@@ -40,6 +41,14 @@ class AccelerateDDP(Peer):
     def backward(self, loss: Tensor) -> None:
         """Accelerate's backward."""
         self.accelerator.backward(loss)
+
+    def save(self, path: Path) -> None:
+        """Its ``save_state``."""
+        self.accelerator.save_state(str(path))
+
+    def load(self, path: Path) -> None:
+        """Its ``load_state``."""
+        self.accelerator.load_state(str(path))
 
     def optimizers(self) -> list[Optimizer]:
         """The optimizer below Accelerate's."""

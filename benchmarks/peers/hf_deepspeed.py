@@ -1,5 +1,6 @@
 """Hugging Face Accelerate with its DeepSpeed plugin."""
 
+from pathlib import Path
 from typing import Any
 
 from benchmarks.models import MODELS, build_optimizer
@@ -24,3 +25,11 @@ class AccelerateDeepSpeed(DeepSpeedZeRO):
         prepared: Any = self.accelerator.prepare(self.module, bare)
         self.engine = prepared[0]
         self.model, self.optimizer = self._forward, self.engine.optimizer
+
+    def save(self, path: Path) -> None:
+        """Accelerate's ``save_state``."""
+        self.accelerator.save_state(str(path))
+
+    def load(self, path: Path) -> None:
+        """Accelerate's ``load_state``."""
+        self.accelerator.load_state(str(path))

@@ -1,5 +1,9 @@
 """One process, no communication."""
 
+from pathlib import Path
+
+import torch
+
 from benchmarks.models import Batch, build_optimizer
 from benchmarks.peers.base import Peer
 
@@ -11,6 +15,17 @@ class Single(Peer):
         """The module as it is."""
         self.model = self.module
         self.optimizer = build_optimizer(self.module.parameters(), self.config)
+
+    def save(self, path: Path) -> None:
+        """``torch.save`` on each rank, as each trains another copy."""
+        torch.save(self.state(), self._file(path))
+
+    def load(self, path: Path) -> None:
+        """Its own file."""
+        self.load_file(self._file(path))
+
+    def _file(self, path: Path) -> Path:
+        return path / f"__{self.config.rank}_.pt"
 
 
 class Oracle(Single):

@@ -1,5 +1,7 @@
 """torch's ZeroRedundancyOptimizer, its ZeRO-1."""
 
+from pathlib import Path
+
 import torch
 from torch.distributed.optim import ZeroRedundancyOptimizer
 from torch.nn.parallel import DistributedDataParallel
@@ -23,6 +25,11 @@ class TorchZeRO(TorchDDP):
             eps=self.config.epsilon,
             fused=True,
         )
+
+    def save(self, path: Path) -> None:
+        """Rank 0 collects the parts of all ranks, and saves."""
+        self.optimizer.consolidate_state_dict(to=0)
+        super().save(path)
 
     def optimizers(self) -> list[Optimizer]:
         """The inner optimizer, which holds this rank's part of the state."""

@@ -1,8 +1,9 @@
 """Lightning's whole Trainer with one of its strategies, or with one of ours."""
 
 import gc
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from importlib import import_module
+from pathlib import Path
 from typing import Any, cast
 
 import lightning
@@ -19,6 +20,7 @@ from benchmarks.measure import Probe
 from benchmarks.models import Batch, Batches, build_model, build_optimizer
 from benchmarks.peers.base import Peer, bucket_bytes
 from benchmarks.peers.shard import shard
+from benchmarks.saving import LOST_STEPS, Saving, Stopwatch
 
 
 class TrainerPeer(Peer):
@@ -49,16 +51,38 @@ class TrainerPeer(Peer):
 
     def first_step(self) -> None:
         """Fit one step."""
-        self._fit(1 - self.config.warmup, None, count=False)
+        self._fit(1 - self.config.warmup)
 
     def run(self, steps: int, probe: Probe | None = None) -> None:
         """Fit the warm-up steps, then `steps` more with `probe` held around them."""
-        self._fit(steps, probe, count=False)
+        first = self.config.warmup * self.config.accumulate
+        self._fit(steps, _Around(probe, first, first + steps * self.config.accumulate - 1))
 
     def report(self) -> dict[str, int]:
         """The bytes that this rank holds when an update is due, by kind; fits one more time to find out."""
-        self._fit(1, None, count=True)
+        self._fit(1, _Count(self))
         return self.found
+
+    def save(self, path: Path) -> None:
+        """``trainer.save_checkpoint``: what it makes of the path, a file or a directory, is up to the strategy."""
+        self.trainer.save_checkpoint(path / "checkpoint.ckpt")
+
+    def load(self, path: Path) -> None:
+        """What the strategy does for ``fit(ckpt_path=...)``, in the midst of a fit."""
+        strategy = self.trainer.strategy
+        checkpoint = strategy.load_checkpoint(path / "checkpoint.ckpt", weights_only=True)
+        strategy.load_model_state_dict(checkpoint)
+        strategy.load_optimizer_state_dict(checkpoint)
+
+    def time_saving(self, folder: Path, times: int) -> Saving:
+        """Save and load within one more fit, whose batches come again after the loads."""
+        stopwatch = Stopwatch(self, self.config.rank, folder, times)
+        start = self.config.warmup
+        lost = [*range(start, start + LOST_STEPS)]
+        around = _SaveAndLoad(stopwatch, *((step * self.config.accumulate - 1) for step in (start, start + LOST_STEPS)))
+        self._fit(2 * LOST_STEPS, around, batches_of=[*range(start), *lost, *lost])
+        losses = self.history.pop()
+        return stopwatch.result(losses[0], losses[start : start + LOST_STEPS], losses[start + LOST_STEPS :])
 
     def teardown(self) -> None:
         """Nothing: a fit leaves nothing behind."""
@@ -83,28 +107,28 @@ class TrainerPeer(Peer):
         model = self.trainer.strategy.model
         return bucket_bytes(model) if isinstance(model, DistributedDataParallel) else 0
 
-    def _fit(self, steps: int, probe: Probe | None, count: bool) -> None:
+    def _fit(self, steps: int, callback: Callback | None = None, batches_of: Sequence[int] | None = None) -> None:
+        """Fit the warm-up steps and `steps` more, on the batches of steps 0, 1, 2, … unless others are given."""
         config = self.config
         self.wrap()
         sharded = self.arguments["strategy"] == "model_parallel"
         task = (_ShardedTask if sharded else _Task)(self)
-        last = config.warmup + steps - 1
-        callback = _Around(self, probe, config.warmup * config.accumulate, (last + 1) * config.accumulate - 1, count)
+        last = config.warmup + steps
         self.trainer = lightning.Trainer(
             accelerator="cpu",
             devices=config.ranks,
             strategy=ModelParallelStrategy(config.ranks, 1) if sharded else self.arguments["strategy"],
             precision=config.precision,
-            max_steps=last + 1,
+            max_steps=last,
             accumulate_grad_batches=config.accumulate,
-            callbacks=[callback],
+            callbacks=[] if callback is None else [callback],
             logger=False,
             enable_checkpointing=False,
             enable_progress_bar=False,
             enable_model_summary=False,
             use_distributed_sampler=False,  # the batches are this rank's already
         )
-        batches = [batch for step in range(last + 1) for batch in self.batches.of_rank(step)]
+        batches = [batch for step in batches_of or range(last) for batch in self.batches.of_rank(step)]
         # A bare list would be taken for a list of loaders.
         self.trainer.fit(task, train_dataloaders=DataLoader(cast(Any, batches), batch_size=None))
         of_step = [task.losses[i : i + config.accumulate] for i in range(0, len(task.losses), config.accumulate)]
@@ -145,22 +169,43 @@ class _ShardedTask(_Task):
 
 
 class _Around(Callback):
-    """Enters the probe at the start of micro-batch `first` and leaves it at the end of micro-batch `last`."""
+    """Enters the probe, if any, at the start of micro-batch `first` and leaves it at the end of micro-batch `last`."""
 
-    def __init__(self, peer: TrainerPeer, probe: Probe | None, first: int, last: int, count: bool) -> None:
-        self.peer, self.probe, self.first, self.last, self.count = peer, probe, first, last, count
+    def __init__(self, probe: Probe | None, first: int, last: int) -> None:
+        self.probe, self.first, self.last = probe, first, last
 
     def on_train_batch_start(self, trainer: Any, pl_module: Any, batch: Any, batch_idx: int) -> None:
         """Enter the probe."""
         if self.probe is not None and batch_idx == self.first:
             self.probe.__enter__()
 
-    def on_before_optimizer_step(self, trainer: Any, pl_module: Any, optimizer: Any) -> None:
-        """Count the bytes; Lightning runs backward inside ``optimizer.step``, so torch's own hook comes too early."""
-        if self.count and trainer.global_step == trainer.max_steps - 1:
-            self.peer.found = self.peer.count()
-
     def on_train_batch_end(self, trainer: Any, pl_module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
         """Leave the probe."""
         if self.probe is not None and batch_idx == self.last:
             self.probe.__exit__(None, None, None)
+
+
+class _Count(Callback):
+    """Counts the bytes when the last update is due."""
+
+    def __init__(self, peer: TrainerPeer) -> None:
+        self.peer = peer
+
+    def on_before_optimizer_step(self, trainer: Any, pl_module: Any, optimizer: Any) -> None:
+        """Lightning runs backward inside ``optimizer.step``, so torch's own hook comes too early."""
+        if trainer.global_step == trainer.max_steps - 1:
+            self.peer.found = self.peer.count()
+
+
+class _SaveAndLoad(Callback):
+    """Saves at the end of one micro-batch and loads at the end of another."""
+
+    def __init__(self, stopwatch: Stopwatch, save: int, load: int) -> None:
+        self.stopwatch, self.save, self.load = stopwatch, save, load
+
+    def on_train_batch_end(self, trainer: Any, pl_module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
+        """Save, or load."""
+        if batch_idx == self.save:
+            self.stopwatch.save()
+        elif batch_idx == self.load:
+            self.stopwatch.load()

@@ -1,25 +1,35 @@
 """Peers that do what no peer should, for the tests of the benchmark's honesty."""
 
 import time
+from pathlib import Path
 
+import torch
 from torch import Tensor
 
 from benchmarks.peers.torch_ddp import TorchDDP
 
 
 class Slow(TorchDDP):
-    """Sleeps in every step."""
+    """Sleeps in every step, and cannot save on rank 1."""
 
     def backward(self, loss: Tensor) -> None:
         time.sleep(0.2)
         super().backward(loss)
 
+    def save(self, path: Path) -> None:
+        if self.config.rank == 1:
+            raise OSError("no place left")
+        super().save(path)
+
 
 class Wrong(TorchDDP):
-    """Doubles every gradient."""
+    """Doubles every gradient, and leaves the optimizer as it is when it loads."""
 
     def backward(self, loss: Tensor) -> None:
         super().backward(2 * loss)
+
+    def load_file(self, file: Path) -> None:
+        self.module.load_state_dict(torch.load(file, weights_only=True)["model"])
 
 
 class Crashing(TorchDDP):

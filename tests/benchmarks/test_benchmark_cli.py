@@ -82,6 +82,8 @@ def test_every_round_is_recorded(peers: Peers) -> None:
     for name, peer in peers.items():
         assert len(peer["seconds"]) == len(peer["ratios"]) == (4 if name == "torch_ddp" else 2)
         assert peer["check"]["difference"] <= peer["check"]["tolerance"]
+        assert len(peer["save_seconds"]) == len(peer["load_seconds"]) == 3
+        assert peer["load_check"]["difference"] <= peer["load_check"]["tolerance"]
     assert peers["torch_ddp"]["ratios"] == [1.0] * 4
 
 

@@ -33,6 +33,9 @@ def results() -> dict[str, PeerResult]:
         if what.startswith("round"):  # all have started, which takes a busy machine longer
             for crew in runner.crews.values():
                 crew.limit = LIMIT
+        elif "saving" in what:  # and so does a busy disk
+            for crew in runner.crews.values():
+                crew.limit = 6 * LIMIT
 
     with Runner(config, specs, "crashing", progress, together=5) as runner:
         found = {result.name: result for result in runner.run()}
@@ -91,6 +94,25 @@ def test_the_next_peer_takes_the_place_of_a_reference_that_failed(results: dict[
     notes = render.notes({"reference": "crashing"}, list(results.values()))
     assert "ratios of torch_ddp, slow, wrong are to torch_ddp" in notes
     assert "crashing failed: rank 1: ArithmeticError: another step" in notes
+
+
+def test_a_peer_that_cannot_save_keeps_its_other_figures(results: dict[str, PeerResult]) -> None:
+    slow = results["slow"]
+    assert (slow.status, slow.save_seconds) == ("valid", [])
+    assert slow.unsaved == "saving: rank 1: OSError: no place left"
+    assert render.cells(slow)[render.COLUMNS.index("save s")] == "-"
+    note = "slow: saving and loading not measured: saving: rank 1: OSError: no place left"
+    assert note in render.notes({"reference": "crashing"}, list(results.values()))
+
+
+def test_a_peer_that_loads_no_optimizer_state_is_found_out(results: dict[str, PeerResult]) -> None:
+    wrong, right = results["wrong"], results["torch_ddp"]
+    assert right.load_check is not None
+    assert right.load_check.passed
+    assert right.unsaved is None
+    assert len(right.save_seconds) == len(right.load_seconds) == 3
+    assert wrong.unsaved is not None
+    assert wrong.unsaved.startswith("what was loaded is not what was saved")
 
 
 def test_a_failed_peer_has_a_line_of_its_own(tmp_path: Path, results: dict[str, PeerResult]) -> None:

@@ -6,9 +6,11 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
+import torch
 from rich.console import Console
 
 from benchmarks import memory
@@ -16,7 +18,7 @@ from benchmarks.cli import main
 from benchmarks.config import Config
 from benchmarks.memory import PeerMemory
 from benchmarks.peers import PEERS
-from benchmarks.timeline import Timeline
+from benchmarks.timeline import Timeline, allocator_peak
 
 ROOT = Path(__file__).parents[2]
 MIB = 2**20
@@ -50,6 +52,19 @@ def test_phases_that_come_several_times_count_together() -> None:
     timeline = Timeline.of(0, [(5, 1), (15, 6), (16, -5), (25, 3), (35, 1)], phases, end=50, rested=6)
     assert [timeline.peak_of(phase) for phase in ("forward", "backward", "optimizer")] == [5, 7, 6]
     assert timeline.unexplained == 0
+
+
+def test_on_a_gpu_its_allocator_is_asked(monkeypatch: pytest.MonkeyPatch) -> None:
+    calls = []
+    peer: Any = SimpleNamespace(run=lambda steps: calls.append(steps), has_phases=False)
+    monkeypatch.setattr(torch.cuda, "is_initialized", lambda: True)
+    monkeypatch.setattr(torch.cuda, "memory_allocated", lambda: 1)
+    monkeypatch.setattr(torch.cuda, "reset_peak_memory_stats", lambda: calls.append("reset"))
+    monkeypatch.setattr(torch.cuda, "max_memory_allocated", lambda: 123)
+    assert allocator_peak(peer) == 123
+    assert calls == ["reset", 1]
+    monkeypatch.setattr(torch.cuda, "memory_allocated", lambda: 0)  # the peer is not on it
+    assert allocator_peak(peer) is None
 
 
 @pytest.fixture

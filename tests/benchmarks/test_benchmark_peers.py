@@ -28,6 +28,8 @@ def _run(name: str, **changes: Any) -> PeerResult:
     with Runner(config, [PEERS[name]], name, lambda *_: None, limit=200) as runner:
         (result,) = runner.run()
     assert result.status == "valid", result.story or result.check
+    assert result.unsaved is None, result.story or result.load_check
+    assert min(result.save_seconds + result.load_seconds) > 0
     return result
 
 

@@ -52,6 +52,8 @@ def _result(name: str, ratios: list[float], difference: float) -> PeerResult:
         collectives={"allreduce_": 3, "broadcast_": 4},
         own=[None, None],
         losses=[[2.0, 1.0]],
+        save_seconds=[0.5, 0.25, 1.0],
+        load_seconds=[0.125, 0.5, 0.25],
         check=LossCheck(steps=2, difference=difference, tolerance=1e-6),
     )
 
@@ -76,6 +78,8 @@ def test_a_row_has_the_medians_the_largest_rank_and_the_mean_wire(results: list[
         "per s": "3,938",
         "over single": "+25.0%",
         "start s": "4.0",
+        "save s": "0.500",
+        "load s": "0.250",
         "wire MiB": "1.5",
         "calls": "7",
         "peak MiB": "11.0",
@@ -89,7 +93,11 @@ def test_a_row_has_the_medians_the_largest_rank_and_the_mean_wire(results: list[
 
 
 def test_markdown_lists_every_peer_and_why_one_did_not_run(header: dict[str, Any], results: list[PeerResult]) -> None:
+    results[1].unsaved = "saving: it cannot"
     page = render.markdown(header, results)
+    assert "torch_zero: saving and loading not measured: saving: it cannot" in page
+    assert "| 4.0 | 0.500 | 0.250 | 1.5 |" in page
+    assert "| 4.0 | - | - | 1.5 |" in page
     rows = [line for line in page.splitlines() if line.startswith("|")]
     assert len({line.count("|") for line in rows}) == 1
     assert len(rows) == 2 + len(results)
