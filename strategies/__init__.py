@@ -27,3 +27,6 @@ def register() -> None:
     offer_float8(AccelStrategy, fabric.AccelFabricStrategy)
     teach()
     refuse(name for name in StrategyRegistry if name.startswith("accel_"))
+
+
+register()

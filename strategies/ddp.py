@@ -16,6 +16,7 @@ class AccelDDPStrategy(AccelStrategy):
     Args:
         kwargs: See :class:`~lightning_accel.strategies.trainer.AccelStrategy`: ``units``, ``bucket_cap_mb``,
             ``compile``, ``activation_checkpointing``, ``activation_checkpointing_options``, ``grad_scaler``,
+            ``reduce_dtype``, ``gradient_compression``,
             ``process_group_backend``, ``timeout``, ``start_method`` and Lightning's own.
 
     """

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 from typing_extensions import override
 
-from lightning_accel.core import Engine, GradScaler, Rest
+from lightning_accel.core import Engine, GradScaler, PowerSGD, Rest
 from lightning_accel.core.dtypes import Dtypes
 from lightning_accel.core.materialise import InitFn
 from lightning_accel.core.offload import OffloadKind, require_offload
@@ -68,8 +68,10 @@ class AccelFabricStrategy(SavingFabricStrategy):
         param_dtype: What forward and backward compute with instead of wider parameters of two or more dimensions, and
             what is gathered, while the optimizer updates the values as they came; for rows that shard optimizer state.
             By default fp16 or bf16 under mixed precision; ``torch.float32`` leaves rounding to autocast.
-        reduce_dtype: What gradients travel in, for rows that reduce in every backward; by default what they are
-            computed in.
+        reduce_dtype: What gradients travel in; by default what they are computed in, or rest in for rows that add them
+            up on each rank (``ddp`` and ``zero1``: fp32). ``torch.bfloat16`` or ``torch.float16`` halves those bytes.
+        gradient_compression: For ``ddp``: :class:`~lightning_accel.core.PowerSGD` has matrices of gradients travel as
+            products of thin ones. Not together with ``reduce_dtype``. What it keeps is in no checkpoint.
         state_dict_type: ``"sharded"``: ``fabric.save`` makes a directory, to which every rank writes its part; the
             default for rows that shard optimizer state (unless there is a ``checkpoint_io``). ``"full"``: one file,
             which rank 0 writes. Either kind loads under every row and number of ranks.
@@ -101,6 +103,7 @@ class AccelFabricStrategy(SavingFabricStrategy):
         grad_scaler: GradScaler | None = None,
         param_dtype: torch.dtype | None = None,
         reduce_dtype: torch.dtype | None = None,
+        gradient_compression: PowerSGD | None = None,
         state_dict_type: StateDictType | None = None,
         async_save: bool = False,
         process_group_backend: str | None = None,
@@ -113,6 +116,8 @@ class AccelFabricStrategy(SavingFabricStrategy):
             raise ValueError(f"Expected start_method to be 'popen', 'spawn' or 'fork', got {start_method!r}.")
         require_offload(offload, row)
         Dtypes.checked(param_dtype, reduce_dtype, row)
+        if gradient_compression is not None:
+            gradient_compression.require_suitable(row, reduce_dtype)
         self.row = row
         self._options = EngineOptions(
             units=units,
@@ -125,6 +130,7 @@ class AccelFabricStrategy(SavingFabricStrategy):
             offload_dir=offload_dir,
             param_dtype=param_dtype,
             reduce_dtype=reduce_dtype,
+            gradient_compression=gradient_compression,
         )
         self._checkpoints = Checkpoints(row, state_dict_type, async_save)
         self._checkpoints.use(checkpoint_io)

@@ -16,7 +16,7 @@ from lightning.fabric.plugins.precision import Precision
 from lightning.fabric.utilities.device_dtype_mixin import _update_properties
 from torch import Tensor, nn
 
-from lightning_accel.core import Engine, GradScaler
+from lightning_accel.core import Engine, GradScaler, PowerSGD
 from lightning_accel.core.dtypes import Dtypes
 from lightning_accel.core.materialise import InitFn
 from lightning_accel.core.offload import OffloadKind
@@ -75,6 +75,8 @@ class EngineOptions:
     """What the model computes with instead of wider parameters, and what is gathered."""
     reduce_dtype: torch.dtype | None = None
     """What gradients travel in."""
+    gradient_compression: PowerSGD | None = None
+    """Has matrices of gradients travel as products of thin ones, under ``ddp``."""
 
     def __post_init__(self) -> None:
         if not self.bucket_cap_mb > 0:
@@ -124,6 +126,13 @@ class EngineOptions:
         require_suitable(plugin, row)
         changed = with_engine(plugin, grad_scaler)
         self.dtypes(changed, row)
+        scaler = getattr(changed, "scaler", None)
+        if self.gradient_compression is not None and not isinstance(scaler, GradScaler | None):
+            raise ValueError(
+                "Expected a lightning_accel.core.GradScaler together with gradient_compression, got"
+                f" {type(scaler).__module__}.{type(scaler).__qualname__}: what PowerSGD keeps must follow the loss"
+                " scale. Give a GradScaler with grad_scaler=... to the strategy."
+            )
         if isinstance(changed, PolicyPrecision) and accelerator is not None:
             changed.connect_device(accelerator.name(), ask=start_method != "fork")
         return changed
@@ -193,6 +202,7 @@ class EngineOptions:
             param_dtype=dtypes.param,
             reduce_dtype=dtypes.reduce,
             round_vectors=dtypes.vectors,
+            gradient_compression=self.gradient_compression,
         )
         engine.at_close.callback(recompute(recomputed.values(), self.activation_checkpointing_options))
         if self.compile is not False:

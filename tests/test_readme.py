@@ -17,7 +17,7 @@ from lightning.pytorch.demos.boring_classes import BoringModel
 """
 WITHOUT = """
 import sys
-sys.modules["lightning"] = None  # takes seconds to import, and the engine does without
+sys.modules["lightning"] = None  # the engine does without
 """
 BATCHES = """
 import torch

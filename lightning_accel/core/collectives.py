@@ -193,6 +193,24 @@ class Collectives(ABC):
     def all_reduce(self, buffer: Tensor, layout: Layout) -> Pending:
         """Replace ``buffer`` by the sum over ranks: bit for bit the same on every rank."""
 
+    def all_reduce_as(self, buffer: Tensor, wire: Tensor, layout: Layout) -> Pending:
+        """As ``all_reduce``, of contributions that travel in another dtype than that of the sum.
+
+        The sum is rounded to what travels as well. Here it is added up in that dtype, too: a back end's own all-reduce
+        knows but one. See core/wire.py.
+
+        Args:
+            buffer: Where the sum goes, 1-D, ``layout.total`` elements.
+            wire: This rank's contribution in the dtype that travels, as many elements. It is overwritten.
+            layout: How the ranks divide the buffer.
+
+        """
+
+        def copy() -> None:
+            buffer.copy_(wire)
+
+        return Pending([self.all_reduce(wire, layout)], copy)
+
     @abstractmethod
     def gather(self, part: Tensor, layout: Layout, whole: Tensor | None) -> None:
         """Put the ranks' parts of a buffer together on rank 0. Waits.
@@ -369,6 +387,23 @@ class GlooCollectives(Collectives):
         own = buffer[slice(*layout.part(self.rank))]
         first, tag = self._scatter(buffer, layout, own), self._next_tag()
         return TwoPhase(first, lambda: _Messages(self._exchange_parts(buffer, layout, tag)))
+
+    @override
+    def all_reduce_as(self, buffer: Tensor, wire: Tensor, layout: Layout) -> Pending:
+        if wire.dtype.itemsize >= buffer.dtype.itemsize:
+            return super().all_reduce_as(buffer, wire, layout)
+        self.traffic.add("all_reduce", sent_reducing(wire, layout, self.rank))
+        own = slice(*layout.part(self.rank))
+        first, tag = self._scatter(wire, layout, buffer[own]), self._next_tag()
+
+        def copy() -> None:
+            buffer.copy_(wire)
+
+        def send_back() -> Pending:
+            wire[own].copy_(buffer[own])
+            return _Messages(self._exchange_parts(wire, layout, tag), copy)
+
+        return TwoPhase(first, send_back)
 
     def _scatter(self, buffer: Tensor, layout: Layout, out: Tensor) -> Pending:
         start, stop = layout.part(self.rank)

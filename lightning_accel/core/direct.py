@@ -146,7 +146,19 @@ class DirectCollectives(GlooCollectives):
     def all_reduce(self, buffer: Tensor, layout: Layout) -> Pending:
         self.traffic.add("all_reduce", sent_reducing(buffer, layout, self.rank))
 
-        return self._start("all_reduce", lambda: self._reduce(buffer, layout))
+        return self._start("all_reduce", lambda: self._reduce(buffer, layout, buffer))
+
+    @override
+    def all_reduce_as(self, buffer: Tensor, wire: Tensor, layout: Layout) -> Pending:
+        if wire.dtype.itemsize >= buffer.dtype.itemsize:
+            return super().all_reduce_as(buffer, wire, layout)
+        self.traffic.add("all_reduce", sent_reducing(wire, layout, self.rank))
+
+        def carry_out() -> None:
+            self._reduce(wire, layout, buffer)
+            buffer.copy_(wire)
+
+        return self._start("all_reduce", carry_out)
 
     @override
     def all_reduce_after(self, first: Pending, buffer: Tensor, layout: Layout) -> Pending:
@@ -154,7 +166,7 @@ class DirectCollectives(GlooCollectives):
 
         def carry_out() -> None:
             first.wait()
-            self._reduce(buffer, layout)
+            self._reduce(buffer, layout, buffer)
 
         return self._start("all_reduce", carry_out)
 
@@ -215,9 +227,13 @@ class DirectCollectives(GlooCollectives):
     def close(self) -> None:
         self._finalizer()
 
-    def _reduce(self, buffer: Tensor, layout: Layout) -> None:
+    def _reduce(self, buffer: Tensor, layout: Layout, total: Tensor) -> None:
+        """Have the sum in ``buffer``; it is added up in this rank's part of ``total``, which may be wider."""
+        own = slice(*layout.part(self.rank))
         addresses = self._neighbours.meet(buffer.data_ptr(), "all_reduce")
-        self._add_up(buffer, layout, buffer[slice(*layout.part(self.rank))], addresses)
+        self._add_up(buffer, layout, total[own], addresses)
+        if total is not buffer:
+            buffer[own].copy_(total[own])
         # When a rank has added up its part it has read that part of all buffers: it may be overwritten.
         self._neighbours.meet(_DONE, _READ)
         self._copy(buffer, layout, addresses)

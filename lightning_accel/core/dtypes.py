@@ -34,8 +34,9 @@ class Dtypes:
     vectors: bool = False
     """Whether forward and backward see ``param`` instead of every wider parameter, whatever it is for."""
     reduce: torch.dtype | None = None
-    """What gradients travel in, where every backward reduces; by default what they are computed in. They are added up,
-    over ranks and micro-batches, in the dtype of what they update."""
+    """What gradients travel in; by default what they are computed in, and where they are added up on each rank what
+    they rest in. They are added up, over ranks and micro-batches, in the dtype of what they update. See core/wire.py
+    for rows that add them up on each rank."""
 
     grad: torch.dtype | None = None
     """What gradients of rounded parameters are added up and rest in; by default the dtype of what they update."""
@@ -62,11 +63,6 @@ class Dtypes:
             raise ValueError(
                 f"Expected param_dtype for rows that shard optimizer state only, got {param} for row {row.name!r}: each"
                 " rank would keep every parameter twice. Use torch.autocast, which precision='bf16-mixed' does."
-            )
-        if reduce is not None and row.accumulating is not Rest.SHARDED:
-            raise ValueError(
-                f"Expected reduce_dtype for rows that reduce in every backward, got {reduce} for row {row.name!r},"
-                " which adds gradients up on each rank. Use zero2 or fsdp."
             )
         if grad is not None and param is None:
             raise ValueError(

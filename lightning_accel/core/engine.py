@@ -33,6 +33,7 @@ from lightning_accel.core.dtypes import Dtypes
 from lightning_accel.core.full_state import collected
 from lightning_accel.core.hooks import GradientHooks, hang_on_module
 from lightning_accel.core.loss_weight import LossWeights
+from lightning_accel.core.low_rank import Compression
 from lightning_accel.core.materialise import InitFn, Materialiser, has_meta
 from lightning_accel.core.memory import keep_freed_memory
 from lightning_accel.core.mesh import Mesh, ranks_of_node
@@ -41,6 +42,7 @@ from lightning_accel.core.optimizer import EngineOptimizer
 from lightning_accel.core.partition import Units, find_blocks
 from lightning_accel.core.placement import Rest, Row, find_row
 from lightning_accel.core.pool import BufferPool
+from lightning_accel.core.power_sgd import PowerSGD
 from lightning_accel.core.reduction import Reduction
 from lightning_accel.core.registry import engines_of, register
 from lightning_accel.core.report import Report, StepCounts, measure
@@ -74,15 +76,17 @@ class Engine:
             with. For rows that shard optimizer state. See core/dtypes.py.
         round_vectors: Have ``param_dtype`` mean parameters of less dimensions as well: for models that compute without
             autocast.
-        reduce_dtype: What gradients travel in, for rows that reduce in every backward; by default what they are
-            computed in. They are added up in the dtype that parameters came with.
+        reduce_dtype: What gradients travel in; by default what they are computed in, or rest in for rows that add them
+            up on each rank. They are added up in the dtype that parameters came with. See core/wire.py.
         grad_dtype: What gradients of parameters that ``param_dtype`` rounds are added up and rest in instead; the
             optimizer gets them in the dtype that parameters came with. Less precise, and what the ZeRO paper counts.
+        gradient_compression: For row ``ddp``: matrices of gradients travel as products of thin ones. Needs more than
+            one rank. See core/low_rank.py.
 
     Raises:
         ValueError: If the row or a unit does not exist, the ranks' models differ, ``shard_size`` does not divide the
             number of ranks, there is no way to set the values of what is on the meta device, the row or the folder
-            does not allow the offload, or the row cannot do with the dtypes.
+            does not allow the offload, or the row cannot do with the dtypes or the compression.
         RuntimeError: If torch.distributed is not initialised.
 
     Example::
@@ -114,6 +118,7 @@ class Engine:
         reduce_dtype: torch.dtype | None = None,
         round_vectors: bool = False,
         grad_dtype: torch.dtype | None = None,
+        gradient_compression: PowerSGD | None = None,
     ) -> None:
         if not bucket_cap_mb > 0:
             raise ValueError(f"Expected bucket_cap_mb to be positive, got {bucket_cap_mb}.")
@@ -123,6 +128,8 @@ class Engine:
         self.offload = Offload.of(offload, offload_dir, self.row)
         """What is kept away from the device."""
         dtypes = Dtypes.checked(param_dtype, reduce_dtype, self.row, vectors=round_vectors, grad=grad_dtype)
+        if gradient_compression is not None:
+            gradient_compression.require_suitable(self.row, reduce_dtype)
         self.module = module
         for former in engines_of(module):
             former.close()  # as when a cell of a notebook is run again
@@ -150,8 +157,18 @@ class Engine:
         self._pool = BufferPool(keeps=self.row.parameters is Rest.REPLICATED)
         cap_bytes = int(bucket_cap_mb * 2**20)
         on_host = self.offload.parameters
+        self.compression = Compression.of(gradient_compression, self.mesh.shard)
+        """What PowerSGD keeps, if it is used."""
         self._roster = Roster(
-            self.row, self.blocks, cap_bytes, self.mesh, self._pool, module=module, on_host=on_host, dtypes=dtypes
+            self.row,
+            self.blocks,
+            cap_bytes,
+            self.mesh,
+            self._pool,
+            module=module,
+            on_host=on_host,
+            dtypes=dtypes,
+            compression=self.compression,
         )
         self._residency = Residency(module, self.blocks, self.row, self.mesh.shard, self.before_forward)
         if materialiser is not None:

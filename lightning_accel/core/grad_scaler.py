@@ -170,6 +170,8 @@ class GradScaler:
                 " common_verdict=False."
             )
         if isinstance(side, EngineOptimizer):
+            if side.engine.compression is not None:
+                side.engine.compression.note_scale(side.parameters(), self.get_scale)
             world = side.engine.mesh.world
             found = torch.full((1,), self._divide(side), dtype=torch.float32, device=world.device)
             overflow = bool(world.sum_scalar(found, maximum=True))  # see [Note: the verdict]

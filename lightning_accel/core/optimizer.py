@@ -528,7 +528,9 @@ class EngineOptimizer:
         fitting = optimizer_state.by_number(self, state_dict)
         if not self.direct or "param_groups" in fitting:  # else of a format of the optimizer's own
             optimizer_state.require_fit(self, fitting)
-        return functools.partial(self._original_load if self.direct else self._load, fitting)
+        load = functools.partial(self._original_load if self.direct else self._load, fitting)
+        compression = self.engine.compression
+        return load if compression is None else functools.partial(compression.start_anew, load, self.parameters)
 
     def _load(self, state_dict: dict[str, Any]) -> None:
         """Load a state that fits."""

@@ -21,12 +21,13 @@ many to expect is learned from the last backward. One that arrives after its uni
 ranks agree on one more reduction for that unit.
 
 [Note: borrowed gradients]
-Rows that borrow gradient buffers bound them by the number of reductions under way: one more unit's launch waits for the
-oldest. Where parameters rest replicated there may be two, besides the unit that fills: three units of gradients, and a
-reduction has the backward of two units to complete. Where they rest sharded there may be one, so two units of gradients
-in all, just as two units of parameters are there at once: these rows are chosen for their memory, and the one reduction
-still has the backward of a whole unit to complete. In both, a rank that finds another one late by ``_PATIENCE_S`` waits
-for nobody else in that backward, and borrows as many buffers as it takes.
+Rows that borrow gradient buffers (or what travels, see core/wire.py) bound them by the number of reductions under way:
+one more unit's launch waits for the oldest. Where parameters rest replicated there may be two, besides the unit that
+fills: three units of gradients, and a reduction has the backward of two units to complete. Where they rest sharded
+there may be one, so two units of gradients in all, just as two units of parameters are there at once: these rows are
+chosen for their memory, and the one reduction still has the backward of a whole unit to complete. In both, a rank that
+finds another one late by ``_PATIENCE_S`` waits for nobody else in that backward, and borrows as many buffers as it
+takes.
 """
 
 from __future__ import annotations
@@ -110,7 +111,7 @@ class Reduction:
         self._next += 1
         self._check_pattern()
         most = _IN_FLIGHT[self._row.parameters]
-        if self._row.accumulating is Rest.SHARDED and len(self._in_flight) >= most and self._patient:
+        if unit.borrows and len(self._in_flight) >= most and self._patient:
             self._patient = self._in_flight[0].wait_briefly(_PATIENCE_S)
             if self._patient:
                 self._in_flight.pop(0).finish()
@@ -159,6 +160,8 @@ class Reduction:
             for unit in self._in_flight:
                 unit.advance()
             self._in_flight.pop(0).finish()
+        if self._roster.compression is not None:
+            self._roster.compression.commit()
         for unit in self._active:
             unit.settle(used[unit])
         late, agreed = agreed[: len(units)], agreed[len(units) :]

@@ -30,7 +30,7 @@ class Report:
     """Bytes kept between steps: ``parameters`` (what the model computes with), in mixed precision also
     ``master_parameters`` (what the optimizer updates), ``gradients``, ``optimizer_state`` (of trainable parameters,
     padding included), ``frozen_parameters``, ``buffers``; with ``offload_dir`` ``optimizer_state_in_files``, which are
-    not in memory."""
+    not in memory; with PowerSGD ``gradient_compression``: what it left out so far, and its directions."""
     padding: dict[str, int]
     """Of those, bytes that belong to no parameter: ``parameters``, ``gradients``."""
     transient: int
@@ -103,6 +103,7 @@ def measure(engine: Engine, counts: StepCounts, transient: int, gathered: int) -
     ours = {p for unit in engine.units for p in unit.parameters}
     state = [value for o in engine.optimizers for values in o.optimizer.state.values() for value in _tensors(values)]
     masters = _bytes([unit.memory.mine for unit in engine.units if unit.memory.has_master])
+    compressed = 0 if engine.compression is None else _bytes(engine.compression.tensors())
     in_files = _bytes([value for value in state if is_in_file(value)])
     return Report(
         row=engine.row.name,
@@ -113,6 +114,7 @@ def measure(engine: Engine, counts: StepCounts, transient: int, gathered: int) -
             "parameters": _bytes([unit.memory.resting for unit in trained]),
             **({"master_parameters": masters} if masters else {}),
             "gradients": _bytes([g for g in gradients if g is not None]),
+            **({"gradient_compression": compressed} if compressed else {}),
             "optimizer_state": _bytes([value for value in state if not is_in_file(value)]),
             **({"optimizer_state_in_files": in_files} if in_files else {}),
             "frozen_parameters": _bytes([p for p in module.parameters() if p not in ours]) + _bytes(frozen),

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from lightning_accel.core.agreement import require_same
 from lightning_accel.core.dtypes import Dtypes, matrices
 from lightning_accel.core.layout import Layout, balance, even_layout, owned_layout
+from lightning_accel.core.low_rank import Compression
 from lightning_accel.core.mesh import Mesh
 from lightning_accel.core.parameter_memory import Gauge
 from lightning_accel.core.partition import Group, NamedParameter, partition
@@ -36,6 +37,7 @@ class Roster:
         on_host: Keep this rank's part of parameters that rest sharded in host memory.
         module: The model.
         dtypes: What it computes with and what gradients travel in.
+        compression: Of gradients that all ranks have whole, if they are to be.
 
     """
 
@@ -50,8 +52,11 @@ class Roster:
         module: nn.Module,
         dtypes: Dtypes,
         on_host: bool = False,
+        compression: Compression | None = None,
     ) -> None:
         self._on_host = on_host
+        self.compression = compression
+        """What PowerSGD keeps, if it is used."""
         self._dtypes = dtypes
         self._module = module
         self._matrices: set[nn.Parameter] = set()
@@ -190,6 +195,7 @@ class Roster:
             dtype=self._dtypes_of(parameters[0])[1],
             reduce_dtype=self._dtypes.reduce,
             grad_dtype=self._dtypes.grad,
+            compression=self.compression,
         )
 
     def _dissolve(self, unit: Unit) -> None:

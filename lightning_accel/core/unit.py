@@ -33,12 +33,14 @@ from torch import Tensor, nn
 
 from lightning_accel.core.collectives import Pending
 from lightning_accel.core.layout import Layout
+from lightning_accel.core.low_rank import Compression
 from lightning_accel.core.memory import taken, zeros
 from lightning_accel.core.mesh import Mesh
 from lightning_accel.core.parameter_memory import Gauge, ParameterMemory
 from lightning_accel.core.placeholder import ShardedGradient
 from lightning_accel.core.placement import Rest, Row
 from lightning_accel.core.pool import BufferPool
+from lightning_accel.core.wire import Wire
 
 _POLL_S = 1e-4
 
@@ -87,8 +89,10 @@ class Unit:
         block: The module that all of the parameters belong to; None if that is just the whole model.
         on_host: Keep this rank's part of parameters that rest sharded in host memory.
         dtype: What the model computes with, if not the parameters' own.
-        reduce_dtype: What gradients travel in, where each backward reduces; by default what they are computed in.
+        reduce_dtype: What gradients travel in; by default what they are computed in or, where they are added up on each
+            rank, what they rest in. Complex ones always do.
         grad_dtype: What gradients rest in where there are master values; by default the dtype of these.
+        compression: Of gradients that all ranks have whole, if they are to be.
 
     """
 
@@ -107,8 +111,10 @@ class Unit:
         dtype: torch.dtype | None = None,
         reduce_dtype: torch.dtype | None = None,
         grad_dtype: torch.dtype | None = None,
+        compression: Compression | None = None,
     ) -> None:
         self.name = name
+        self._compression = compression
         self.layout = layout
         self.block = block
         self.parameters = [parameters[slot.index] for slot in layout.slots]
@@ -140,8 +146,13 @@ class Unit:
             self.rest_dtype = grad_dtype or self.rest_dtype
         # What is added up over micro-batches is as precise as what it will update, unless the user wants it smaller.
         self._grad_dtype = self.rest_dtype
+        self._wire: Wire | None = None
+        if not self.memory.dtype.is_floating_point:
+            reduce_dtype = None
         if row.accumulating is Rest.SHARDED:
             self._grad_dtype = reduce_dtype or self.memory.dtype
+        elif reduce_dtype not in (None, self._grad_dtype) and mesh.shard.ranks > 1:
+            self._wire = Wire(reduce_dtype, layout, mesh.shard, pool)
         self._sum: Tensor | None = None  # what is reduced now, if neither ``grad`` nor ``rest`` has room for it
         self.grad: Tensor | None = None
         self._borrowed: Tensor | None = None
@@ -165,6 +176,11 @@ class Unit:
     def part(self) -> tuple[int, int]:
         """The range of the buffer that this rank updates."""
         return self.memory.part
+
+    @property
+    def borrows(self) -> bool:
+        """Whether a reduction borrows memory while it is under way."""
+        return self._row.accumulating is Rest.SHARDED or self._wire is not None
 
     @property
     def gradient_padding(self) -> int:
@@ -425,17 +441,34 @@ class Unit:
                 self.grad[slot.start : slot.stop].zero_()
         self.phase = Phase.REDUCING
         if self._row.gradients is Rest.REPLICATED:
-            self._reduction = self._mesh.shard.all_reduce(self.grad, self.layout)
+            self._reduction = self._all_reduce(self.grad) if self._compression is None else self._compress()
         else:
             # Straight to the resting place, unless gradients already there must be added to.
             out = self.rest if self._aside is None else self.grad[slice(*self.part)]
             if out.dtype != self.rest_dtype:
                 out = self._sum = taken(torch.empty_like(self.rest), "gradients")
-            self._reduction = self._mesh.shard.reduce_scatter(self.grad, self.layout, out)
+            self._reduction = self._reduce_scatter(self.grad, out)
             if self._scale_of_sum != 1.0:
                 self._reduction = Pending([self._reduction], partial(_scale, out, self._scale_of_sum))
             if self._mesh.replicate is not None:
                 self._reduce_across(boundary)
+
+    def _all_reduce(self, gradients: Tensor) -> Pending:
+        if self._wire is not None:
+            return self._wire.all_reduce(gradients)
+        return self._mesh.shard.all_reduce(gradients, self.layout)
+
+    def _compress(self) -> Pending:
+        assert self._compression is not None
+        assert self.grad is not None
+        return self._compression.all_reduce(
+            self.grad, self.layout, self._grad_views, self.contributes, self.parameters, self.names
+        )
+
+    def _reduce_scatter(self, gradients: Tensor, out: Tensor) -> Pending:
+        if self._wire is not None:
+            return self._wire.reduce_scatter(gradients, out)
+        return self._mesh.shard.reduce_scatter(gradients, self.layout, out)
 
     def _reduce_across(self, boundary: bool) -> None:
         """Sum over the copies what is being summed over the ranks of one. See [Note: one copy's sum]."""
@@ -488,6 +521,8 @@ class Unit:
         self._reduction.wait()
         self._reduction = None
         self.phase = Phase.DONE
+        if self._wire is not None:
+            self._wire.close()
         if self._aside is not None:
             self._merge_aside()
         if self._row.accumulating is Rest.SHARDED:
@@ -532,13 +567,15 @@ class Unit:
             self.view(late, position).copy_(gradient)
         self._late.clear()
         if self._row.gradients is Rest.REPLICATED:
-            self._mesh.shard.all_reduce(late, self.layout).wait()
+            self._all_reduce(late).wait()
             self.rest.add_(late)
         else:
             out = late[slice(*self.part)]
-            reduction = self._mesh.shard.reduce_scatter(late, self.layout, out)
+            reduction = self._reduce_scatter(late, out)
             (self._mesh.reduce_across(reduction, out) if boundary else reduction).wait()
             self.rest.add_(out, alpha=self._scale_of_sum)
+        if self._wire is not None:
+            self._wire.close()
 
     def learn(self) -> None:
         """Expect as many gradients of each parameter in the next backward as came in this one."""

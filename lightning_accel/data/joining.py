@@ -11,6 +11,7 @@ the ranks tell each other whether they have one; a rank that had none from the s
 from __future__ import annotations
 
 import contextlib
+import weakref
 from collections.abc import Generator, Iterable, Iterator, Sequence
 from typing import Any
 
@@ -25,6 +26,10 @@ from lightning_accel.data.wire import Delivery, host_group, lend
 
 _NOTHING, _MORE, _LAST, _FAILED = range(4)
 """What a rank tells before each round: it has no batch; it has one, and more; it has its last; it cannot go on."""
+
+
+_LOOPS: weakref.WeakKeyDictionary[Engine, list[object]] = weakref.WeakKeyDictionary()
+"""The joined loops that each engine is in the middle of, the innermost last."""
 
 
 class Joining:
@@ -67,13 +72,24 @@ class Joining:
 
         Raises:
             RuntimeError: If another rank has failed, or does not come.
+            ValueError: If another joined loop of the same models takes turns with this one.
 
         """
         engines = [engine for model in self.models for engine in _engines(model)]
         kept: Any = None
         is_first = True
+        loop = object()
+        before = [engine.share for engine in engines]
+        for engine in engines:
+            _LOOPS.setdefault(engine, []).append(loop)
         try:
             while True:
+                if any(_LOOPS[engine][-1] is not loop for engine in engines):
+                    raise ValueError(
+                        "Expected one joined loop at a time for a model, or one within another, got two in turns:"
+                        " a backward would count by the batches of the last alone. Join one loader of both batches"
+                        " instead, such as joined(zip(first, second), model)."
+                    )
                 delivery = self._next(deliveries)
                 told = _NOTHING if delivery is None else _LAST if delivery.is_last else _MORE
                 codes = self._tell(told)
@@ -101,8 +117,9 @@ class Joining:
                     return
         finally:
             self.is_shadow = False
-            for engine in engines:
-                engine.share = None
+            for engine, share in zip(engines, before, strict=True):
+                _LOOPS[engine].remove(loop)
+                engine.share = share if _LOOPS[engine] else None
 
     def _next(self, deliveries: Iterator[Delivery]) -> Delivery | None:
         try:

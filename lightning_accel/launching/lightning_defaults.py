@@ -8,17 +8,14 @@ argument is not given, or is what Lightning's default is.
 
 from __future__ import annotations
 
-import contextlib
 import functools
-import importlib.util
 import inspect
 import os
 from collections.abc import Callable
+from types import ModuleType
 from typing import Any
 
-from lightning.fabric import Fabric
-from lightning.fabric.plugins import Precision
-from lightning.pytorch import Trainer
+from lightning_accel.importing import after_import
 
 _ARGUMENTS: dict[str, Callable[[str], str | int | float]] = {
     **dict.fromkeys(("accelerator", "strategy", "precision"), str),
@@ -29,15 +26,22 @@ _ARGUMENTS: dict[str, Callable[[str], str | int | float]] = {
 
 def offer() -> None:
     """Have every Trainer and Fabric that is made from now on take what it is not given from the environment."""
-    _wrap(Fabric, Precision)
-    _wrap(Trainer, Precision)
-    # The package of that name has classes of its own.
-    if importlib.util.find_spec("pytorch_lightning") is not None:
-        with contextlib.suppress(ImportError):
-            import pytorch_lightning
-            from pytorch_lightning.plugins import Precision as Other
+    after_import("lightning", _wrap_both)
+    after_import("pytorch_lightning", _wrap_standalone)
 
-            _wrap(pytorch_lightning.Trainer, Other)
+
+def _wrap_both(lightning: ModuleType) -> None:
+    from lightning.fabric.plugins import Precision
+
+    _wrap(lightning.Fabric, Precision)
+    _wrap(lightning.Trainer, Precision)
+
+
+def _wrap_standalone(pytorch_lightning: ModuleType) -> None:
+    """Do it for the package of that name, which has classes of its own."""
+    from pytorch_lightning.plugins import Precision
+
+    _wrap(pytorch_lightning.Trainer, Precision)
 
 
 def _wrap(kind: type[Any], precision: type[Any]) -> None:

@@ -20,6 +20,7 @@ from torch.utils.data import DataLoader
 from lightning_accel.core.clipping import clip_grad_norm
 from lightning_accel.core.registry import engines_of
 from lightning_accel.data import ShardedLoader, join_uneven_inputs, prepare_data_loader, skip_first_batches
+from lightning_accel.data.shuffling import seed_of
 from lightning_accel.manual.accumulation import Accumulation
 from lightning_accel.manual.choices import find_strategy, precision_arguments, reject_unknown
 from lightning_accel.manual.clipping import Together, optimizers_of
@@ -291,6 +292,9 @@ class Accelerator(Records):
         """
         if isinstance(data_loader, ShardedLoader):
             raise ValueError("Expected a loader that was not prepared yet. Use what prepare has returned.")
+        seed = None
+        if self._seed is not None:  # loaders that are alike shuffle in orders of their own
+            seed = seed_of(self._seed, "loader", len(self._prepared.loaders))
         prepared = prepare_data_loader(
             data_loader,
             rank=self.process_index,
@@ -300,7 +304,7 @@ class Accelerator(Records):
             even_batches=self.even_batches,
             dispatch_batches=self.dispatch_batches,
             non_blocking=self.non_blocking,
-            seed=self._seed,
+            seed=seed,
             watcher=self._loaders,
         )
         self._prepared.loaders.append(prepared)

@@ -33,7 +33,8 @@ _ELSEWHERE = {
     "dynamo_plugin": "is torch.compile(model) before prepare, or compile=... on the strategy",
     "fsdp_plugin": "is a strategy here: 'fsdp' or strategies.fabric.AccelFSDPStrategy(...)",
     "gradient_accumulation_plugin": "is gradient_accumulation_steps here; windows end with the loader",
-    "kwargs_handlers": "is not needed: grad_scaler, timeout and process_group_backend are the strategy's options",
+    "kwargs_handlers": "is not needed: grad_scaler, timeout, process_group_backend and reduce_dtype (a comm_hook that"
+    " compresses to fp16 or bf16) are the strategy's options",
     "megatron_lm_plugin": "is not offered: there is no tensor or pipeline parallelism",
     "parallelism_config": "is not offered: there is data parallelism only",
     "project_config": "has its settings here: project_dir, logging_dir, checkpoints_total_limit",

@@ -1,13 +1,14 @@
-"""``accel convert``, ``inspect`` and ``plan`` that are given nonsense, as a user runs them: status and message."""
+"""Commands that are given nonsense: status and message. One cell of each is run as a user runs it."""
 
 from __future__ import annotations
 
+import sys
 from pathlib import Path
 
 import pytest
 from launched import accel
 
-pytestmark = pytest.mark.matrix
+from lightning_accel.cli.main import main
 
 MOST_LINES = 20
 
@@ -28,35 +29,71 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     (folder / "empty").mkdir()
     (folder / "text.ckpt").write_text("no checkpoint")
     (folder / "cut.safetensors").write_bytes(b"\xff" * 12)
-    (folder / "models.py").write_text(MODELS)
+    (folder / "nonsense.py").write_text(MODELS)
     return folder
 
 
-@pytest.mark.parametrize(
-    ("command", "status", "said"),
-    [
-        ("convert nowhere.ckpt out.ckpt", 1, "nowhere.ckpt"),
-        ("convert text.ckpt out.safetensors", 1, "text.ckpt"),
-        ("convert empty out.ckpt", 1, "empty"),
-        ("convert text.ckpt out --to nonsense", 2, "nonsense"),
-        ("inspect text.ckpt", 1, "text.ckpt"),
-        ("inspect cut.safetensors", 1, "cut.safetensors"),
-        ("plan models.py:nothing", 1, "nothing"),
-        ("plan models.py:number", 1, "number"),
-        ("plan models.py:model --memory much --batch 2x2", 1, "much"),
-        ("plan models.py:model --row zero9 --batch 2x2", 1, "zero9"),
-        ("plan models.py:model --precision half --batch 2x2", 1, "half"),
-        ("plan models.py:model --batch 2xtwo", 1, "2xtwo"),
-        ("plan models.py:model --ranks 0 --batch 2x2", 1, "at least one rank, got 0"),
-    ],
-)
+# Bad input of accel env is in test_commands_as_processes.py.
+AS_PROCESSES = [
+    ("launch nowhere.py", 1, "nowhere.py"),
+    ("config --defualt", 2, "--defualt"),
+    ("test --num_processes 1", 2, "--num_processes"),
+    ("plan nonsense.py:nothing", 1, "nothing"),
+    ("convert nowhere.ckpt out.ckpt", 1, "nowhere.ckpt"),
+    ("inspect text.ckpt", 1, "text.ckpt"),
+    ("bench --nonsense", 2, "--nonsense"),
+]
+HERE = [
+    ("convert text.ckpt out.safetensors", 1, "text.ckpt"),
+    ("convert empty out.ckpt", 1, "empty"),
+    ("convert text.ckpt out --to nonsense", 2, "nonsense"),
+    ("inspect cut.safetensors", 1, "cut.safetensors"),
+    ("plan nonsense.py:number", 1, "number"),
+    ("plan nonsense.py:model --memory much --batch 2x2", 1, "much"),
+    ("plan nonsense.py:model --row zero9 --batch 2x2", 1, "zero9"),
+    ("plan nonsense.py:model --precision half --batch 2x2", 1, "half"),
+    ("plan nonsense.py:model --batch 2xtwo", 1, "2xtwo"),
+    ("plan nonsense.py:model --ranks 0 --batch 2x2", 1, "at least one rank, got 0"),
+]
+
+
+def require_refused(folder: Path, before: list[Path], outcome: tuple[int, str, str], status: int, said: str) -> None:
+    """A command that is refused says why in some lines, and leaves nothing."""
+    code, out, err = outcome
+    assert code == status, err
+    assert said in err
+    assert "Traceback" not in err
+    assert len(err.splitlines()) <= MOST_LINES
+    assert out == ""
+    assert there(folder) == before
+
+
+def there(folder: Path) -> list[Path]:
+    return [path for path in sorted(folder.iterdir()) if path.name != "__pycache__"]
+
+
+@pytest.mark.matrix
+@pytest.mark.parametrize(("command", "status", "said"), AS_PROCESSES)
 def test_bad_input(folder: Path, monkeypatch: pytest.MonkeyPatch, command: str, status: int, said: str) -> None:
     monkeypatch.chdir(folder)
-    before = sorted(folder.iterdir())
+    before = there(folder)
     done = accel(*command.split())
-    assert done.returncode == status, done.stderr
-    assert said in done.stderr
-    assert "Traceback" not in done.stderr
-    assert len(done.stderr.splitlines()) <= MOST_LINES
-    assert done.stdout == ""
-    assert [path for path in sorted(folder.iterdir()) if path.name != "__pycache__"] == before
+    require_refused(folder, before, (done.returncode, done.stdout, done.stderr), status, said)
+
+
+@pytest.mark.parametrize(("command", "status", "said"), HERE)
+def test_bad_input_in_this_process(
+    folder: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capfd: pytest.CaptureFixture[str],
+    command: str,
+    status: int,
+    said: str,
+) -> None:
+    monkeypatch.chdir(folder)
+    monkeypatch.setattr(sys, "path", [*sys.path])
+    monkeypatch.setattr(sys, "argv", ["accel", *command.split()])
+    before = there(folder)
+    with pytest.raises(SystemExit) as end:
+        main()
+    require_refused(folder, before, (int(end.value.code or 0), *capfd.readouterr()), status, said)

@@ -417,8 +417,8 @@ def test_mistakes_are_refused() -> None:
         Dtypes.checked(torch.int8, None, find_row("zero2"))
     with pytest.raises(ValueError, match="Expected param_dtype for rows that shard optimizer state only"):
         Dtypes.checked(torch.bfloat16, None, find_row("ddp"))
-    with pytest.raises(ValueError, match="Expected reduce_dtype for rows that reduce in every backward"):
-        Dtypes.checked(None, torch.bfloat16, find_row("zero1"))
+    with pytest.raises(ValueError, match="Expected reduce_dtype to be a floating-point dtype, got torch.int8"):
+        Dtypes.checked(None, torch.int8, find_row("zero1"))
 
 
 def with_narrow_gradients(row: str) -> tuple[float, int, int]:

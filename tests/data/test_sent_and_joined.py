@@ -361,6 +361,33 @@ def test_alone_a_joined_loop_is_the_loop() -> None:
         joined([1], nn.Linear(1, 1))
 
 
+def one_in_another() -> tuple[list[float | None], float | None, str]:
+    """Shares within a loop that another one within it must not change, and what two that take turns raise."""
+    rank = dist.get_rank()
+    module = build(Net)
+    engine = Engine(module, "ddp")
+    shares = []
+    for _ in joined([0] * (1 + rank), module):
+        assert list(joined([1, 2], module)) == [1, 2]
+        shares.append(engine.share)
+    error = ""
+    try:
+        for _ in zip(joined([0] * (2 + rank), module), joined([1, 2, 3], module), strict=True):
+            pass
+    except ValueError as raised:
+        error = str(raised)
+    share = engine.share
+    engine.close()
+    return shares, share, error
+
+
+def test_loops_within_one_another_and_in_turns(ranks2: Ranks) -> None:
+    for rank, (shares, share, error) in enumerate(ranks2.run(one_in_another)):
+        assert shares == [1.0, [0.0, 2.0][rank]]
+        assert share is None
+        assert error.startswith("Expected one joined loop at a time for a model")
+
+
 def test_all_samples_of_a_joined_epoch_come_once(ranks2: Ranks) -> None:
     counts: Counter[int] = Counter()
     for found in ranks2.run(of_an_odd_one, False):

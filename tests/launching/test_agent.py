@@ -7,6 +7,7 @@ import signal
 import tempfile
 import threading
 import time
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -29,6 +30,15 @@ def script(tmp_path: Path) -> str:
     return str(tmp_path / "script.py")
 
 
+@pytest.fixture
+def heard(number: signal.Signals) -> Iterator[None]:
+    """Has a signal taken in, which a shell has what it starts in the background ignore."""
+    before = signal.signal(number, signal.SIG_DFL)
+    yield
+    signal.signal(number, before)
+
+
+@pytest.mark.usefixtures("heard")
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
 def test_told_to_end_while_machines_gather(
     script: str, tmp_path: Path, number: signal.Signals, monkeypatch: pytest.MonkeyPatch

@@ -15,6 +15,7 @@ from torch.utils.data import DataLoader
 import lightning_accel
 from harness import Ranks
 from lightning_accel import Accelerator
+from lightning_accel.strategies.fabric import AccelDDPStrategy
 from rows import everyday
 
 
@@ -49,6 +50,37 @@ def test_zero_grad_before_backward_keeps_what_was_accumulated(ranks2: Ranks, row
     expected, _ = plain(3, schedule=2)
     for result, _, _ in ranks2.run(train, row, False, 3, zero_first=True):
         assert_close(result, expected)
+
+
+def gradients_of_compressed() -> list[Tensor]:
+    """Gradients after they have travelled in bf16."""
+    accelerator = Accelerator(strategy=AccelDDPStrategy(reduce_dtype=torch.bfloat16), cpu=True)
+    model, loader = accelerator.prepare(nn.Linear(3, 3), DataLoader(torch.randn(4, 3), batch_size=2))
+    for x in loader:
+        accelerator.backward(model(x).square().mean())
+    return [parameter.grad.clone() for parameter in model.parameters() if parameter.grad is not None]
+
+
+def test_gradients_travel_in_another_dtype(ranks2: Ranks) -> None:
+    first, second = ranks2.run(gradients_of_compressed)
+    for gradient, other in zip(first, second, strict=True):
+        assert gradient.dtype == torch.float32
+        assert torch.equal(gradient, other)
+        assert torch.equal(gradient, gradient.bfloat16().float())
+
+
+def orders(seed: int) -> list[list[int]]:
+    """What an Accelerator of a seed has two loaders that are alike give this rank."""
+    accelerator = Accelerator(cpu=True, seed=seed)
+    loaders = [DataLoader(torch.arange(20), batch_size=2, shuffle=True) for _ in range(2)]
+    return [torch.cat(list(loader)).tolist() for loader in accelerator.prepare(*loaders)]
+
+
+def test_loaders_of_one_seed_have_orders_of_their_own(ranks2: Ranks) -> None:
+    for first, second in ranks2.run(orders, 5):
+        assert first != second
+    assert ranks2.run(orders, 5) == ranks2.run(orders, 5)
+    assert ranks2.run(orders, 5) != ranks2.run(orders, 6)
 
 
 def train_two(row: str) -> dict[str, Tensor]:

@@ -47,7 +47,8 @@ def require_cause(finished: Finished, rank: int) -> str:
 
 
 @pytest.mark.matrix
-@pytest.mark.parametrize(("strategy", "rank"), [("accel_zero2", 0), ("accel_zero2", 1), ("accel_ddp", 1)])
+# accel_zero2 on rank 1 is below, with checkpoints.
+@pytest.mark.parametrize(("strategy", "rank"), [("accel_zero2", 0), ("accel_ddp", 1)])
 def test_exception_on_one_rank_ends_the_run(strategy: str, rank: int) -> None:
     require_cause(require_failed(strategy, "--fail", str(rank), "raises"), rank)
 

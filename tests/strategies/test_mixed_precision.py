@@ -150,5 +150,21 @@ def test_mistakes_are_refused_at_once(module: str) -> None:
         ddp(param_dtype=torch.bfloat16)
     with pytest.raises(ValueError, match="Expected reduce_dtype to be a floating-point dtype"):
         fsdp(reduce_dtype=torch.int32)
-    with pytest.raises(ValueError, match="Expected reduce_dtype for rows that reduce in every backward"):
-        zero(stage=1, reduce_dtype=torch.bfloat16)
+    with pytest.raises(ValueError, match="Expected reduce_dtype to be a floating-point dtype"):
+        zero(stage=1, reduce_dtype=torch.int32)
+
+
+def sent_by_ddp(dtype: torch.dtype | None) -> int:
+    made = Fabric(accelerator="cpu", devices=2, strategy=twins.AccelDDPStrategy(reduce_dtype=dtype))
+    made.launch()
+    net = nn.Linear(32, 32)
+    model, optimizer = made.setup(net, torch.optim.SGD(net.parameters(), lr=0.1))
+    made.backward(model(torch.randn(4, 32)).square().mean())
+    optimizer.step()
+    return int(engine_of(net).report().bytes_sent["all_reduce"])
+
+
+def test_ddp_sends_half(ranks2: Ranks) -> None:
+    whole, half = ranks2.run(sent_by_ddp, None), ranks2.run(sent_by_ddp, torch.bfloat16)
+    assert whole[0] >= 4 * (32 * 32 + 32)
+    assert [2 * sent for sent in half] == whole

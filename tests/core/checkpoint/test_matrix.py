@@ -21,7 +21,7 @@ from lightning_accel.strategies.stock import whole
 ROWS = ["ddp", "zero1", "zero2", "fsdp", "fsdp_partial", "fsdp_hybrid"]
 SINGLE = ("single", 1)
 GLOBAL_BATCH = 12  # one, two, three and four ranks have equal shares of it
-STEPS = 5
+BEFORE, AFTER = 5, 2  # steps before a checkpoint is saved, and after it was loaded
 # EXACT: ranks add gradients up in another order than a single process; the states they start from are equal bit by bit.
 
 State = dict[str, Any]
@@ -48,11 +48,11 @@ def new_engine(row: str) -> tuple[nn.Module, torch.optim.Optimizer, Engine]:
     return module, optimizer, engine
 
 
-def train(module: nn.Module, optimizer: torch.optim.Optimizer, engine: Engine | None, seed: int) -> None:
-    """Five steps of two micro-batches, clipped."""
+def train(module: nn.Module, optimizer: torch.optim.Optimizer, engine: Engine | None, seed: int, steps: int) -> None:
+    """Steps of two micro-batches each, clipped."""
     generator = torch.Generator().manual_seed(seed)
     ranks, rank = (1, 0) if engine is None else (dist.get_world_size(), dist.get_rank())
-    for _ in range(STEPS):
+    for _ in range(steps):
         optimizer.zero_grad()
         for _ in range(2):
             x = torch.randn(GLOBAL_BATCH, 7, generator=generator, dtype=torch.float64)[rank::ranks]
@@ -83,16 +83,16 @@ def state_of(optimizer: torch.optim.Optimizer) -> State:
 
 
 def write(rows: list[str], folder: Path) -> dict[str, tuple[dict[str, Tensor], State, dict[str, Tensor]]]:
-    """Save under each row; what was saved, and what an uninterrupted run has five steps later."""
+    """Save under each row; what was saved, and what an uninterrupted run has some steps later."""
     found = {}
     for row in rows:
         module, optimizer, engine = new_engine(row)
-        train(module, optimizer, engine, seed=1)
+        train(module, optimizer, engine, seed=1, steps=BEFORE)
         state = {"model": model_shards(engine), "optimizer": optimizer_shards(engine.find_optimizer(optimizer))}
         saver = Saver(engine.collectives.gather_objects, dist.get_rank())
         saver.save(folder / f"{row}-{dist.get_world_size()}", state)
         saved = values(module, engine), state_of(optimizer)
-        train(module, optimizer, engine, seed=2)
+        train(module, optimizer, engine, seed=2, steps=AFTER)
         found[row] = (*saved, values(module, engine))
         engine.close()
     return found
@@ -101,14 +101,14 @@ def write(rows: list[str], folder: Path) -> dict[str, tuple[dict[str, Tensor], S
 def write_single(folder: Path) -> tuple[dict[str, Tensor], State, dict[str, Tensor]]:
     module = build(Net)
     optimizer = new_optimizer(module)
-    train(module, optimizer, None, seed=1)
+    train(module, optimizer, None, seed=1, steps=BEFORE)
     saved = {"model": module.state_dict(), "optimizer": optimizer.state_dict()}
     save(folder / "single-1", saved)
     before = (
         values(module, None),
         {number: {k: v.clone() for k, v in e.items()} for number, e in state_of(optimizer).items()},
     )
-    train(module, optimizer, None, seed=2)
+    train(module, optimizer, None, seed=2, steps=AFTER)
     return (*before, values(module, None))
 
 
@@ -124,7 +124,7 @@ def read(row: str, sources: list[str], folder: Path) -> dict[str, Loaded]:
         load_model(module, nest["model"], engine=engine)
         optimizer.load_state_dict(nest["optimizer"])
         loaded = values(module, engine), state_of(optimizer)
-        train(module, optimizer, engine, seed=2)
+        train(module, optimizer, engine, seed=2, steps=AFTER)
         found[source] = (*loaded, values(module, engine))
     engine.close()
     return found
@@ -139,7 +139,7 @@ def read_single(sources: list[str], folder: Path) -> dict[str, Loaded]:
         module.load_state_dict(nest["model"])
         optimizer.load_state_dict(nest["optimizer"])
         loaded = values(module, None), {n: {k: v.clone() for k, v in e.items()} for n, e in state_of(optimizer).items()}
-        train(module, optimizer, None, seed=2)
+        train(module, optimizer, None, seed=2, steps=AFTER)
         found[source] = (*loaded, values(module, None))
     return found
 
