@@ -110,7 +110,7 @@ class LossWeights:
         for added in optimizers:
             window = added.window
             units = added.used_units
-            if not (units or any(content is Content.LOCAL for unit in added.units for content in unit.content)):
+            if not (units or any(Content.LOCAL in unit.content for unit in added.units)):
                 added.window = Window()
                 continue
             if window.normaliser is not None and not window.is_over:  # more may come

@@ -16,6 +16,7 @@ otherwise.
 from __future__ import annotations
 
 import functools
+import operator
 import types
 import warnings
 from collections import OrderedDict
@@ -206,7 +207,7 @@ class EngineOptimizer:
         """
         current = self._current_members()
         if len(current) == len(self._members) and all(
-            len(now) == len(then) and all(a is b for a, b in zip(now, then, strict=True))
+            len(now) == len(then) and all(map(operator.is_, now, then))
             for now, then in zip(current, self._members, strict=True)
         ):
             return

@@ -95,6 +95,10 @@ class ParameterMemory:
         self.names = list(names)
         self.layout = layout
         self.strides = [_dense_strides(parameter) for parameter in parameters]
+        self._places = [
+            (parameter.shape, strides, slot.start)
+            for parameter, strides, slot in zip(parameters, self.strides, layout.slots, strict=True)
+        ]
         # A single rank's part is the whole.
         self.is_sharded = row.parameters is Rest.SHARDED and collectives.ranks > 1
         self.presence = Presence.HERE
@@ -209,6 +213,11 @@ class ParameterMemory:
         return buffer.as_strided(
             self.parameters[position].shape, self.strides[position], buffer.storage_offset() + slot.start
         )
+
+    def views_of(self, buffer: Tensor) -> list[Tensor]:
+        """The slots of all parameters."""
+        offset = buffer.storage_offset()
+        return [buffer.as_strided(shape, strides, offset + start) for shape, strides, start in self._places]
 
     def own(self, start: int, stop: int) -> Tensor:
         """The values of a range of the buffer that lies in this rank's part, as a 1-D view."""

@@ -56,6 +56,10 @@ class Content(Enum):
     """The mean over ranks, in the place where the row lets it rest."""
 
 
+# To look an enum's member up takes as long as the half of what is done with a small gradient.
+_NONE, _LOCAL, _REDUCED = Content.NONE, Content.LOCAL, Content.REDUCED
+
+
 class Phase(Enum):
     """Where a unit is within one backward."""
 
@@ -65,6 +69,9 @@ class Phase(Enum):
     """The reduction is under way; a gradient that still arrives is late."""
     DONE = auto()
     """The reduction has been waited for."""
+
+
+_FILLING = Phase.FILLING
 
 
 class Unit:
@@ -156,6 +163,7 @@ class Unit:
         self.edits = 0
         """How often the user has changed what rests."""
         self._placeholders: dict[int, ShardedGradient] = {}
+        self._shown_dtype: torch.dtype | None = None  # of all of them
 
     # ------------------------------------------------------------------ memory
 
@@ -214,7 +222,7 @@ class Unit:
             if self.rest is None:
                 start, stop = self.part
                 self.rest = taken(self.flat.new_zeros(stop - start, dtype=self.rest_dtype), "gradients")
-        self._grad_views = [self.view(self.grad, position) for position in range(len(self.parameters))]
+        self._grad_views = self.memory.views_of(self.grad)
 
     def _close_buffers(self) -> None:
         """Give the borrowed gradient buffer back."""
@@ -230,11 +238,13 @@ class Unit:
 
         It may have been set to None, or to another tensor, which is taken to be the same on every rank.
         """
+        content, kept = self.content, self._kept
         for position, parameter in enumerate(self.parameters):
             shown = parameter.grad
             if shown is None:
-                self.content[position] = Content.NONE
-                self._kept.discard(position)
+                content[position] = _NONE
+                if kept:
+                    kept.discard(position)
             elif shown is not self._placeholders.get(position) and not self._is_view(shown, position):
                 self._take_over(position, shown)
 
@@ -293,24 +303,30 @@ class Unit:
 
     def show(self) -> None:
         """Set every ``parameter.grad`` to what its slot holds."""
-        sharded = self._row.gradients is Rest.SHARDED
-        for position, parameter in enumerate(self.parameters):
-            content = self.content[position]
-            if position in self._kept:  # some of it is here, some elsewhere
+        # Torch has a gradient be of the parameter's dtype, which master values have another one of.
+        local_is_seen = not self.memory.has_master
+        reduced_is_seen = local_is_seen and self._row.gradients is Rest.REPLICATED
+        if self.parameters[0].dtype != self._shown_dtype:
+            self._placeholders.clear()
+            self._shown_dtype = self.parameters[0].dtype
+        kept, views = self._kept, self._grad_views
+        for position, (parameter, content) in enumerate(zip(self.parameters, self.content, strict=True)):
+            in_place = reduced_is_seen if content is _REDUCED else local_is_seen
+            if kept and position in kept:  # some of it is here, some elsewhere
                 parameter.grad = self._placeholder(position)
-            elif content is Content.NONE:
+            elif content is _NONE:
                 parameter.grad = None
-            elif (content is Content.LOCAL or not sharded) and not self.memory.has_master:
-                parameter.grad = self._grad_views[position]
-            else:  # torch has a gradient be of the parameter's dtype
+            elif in_place:
+                parameter.grad = views[position]
+            else:
                 parameter.grad = self._placeholder(position)
 
     def _placeholder(self, position: int) -> ShardedGradient:
-        parameter, name = self.parameters[position], self.names[position]
         known = self._placeholders.get(position)
-        if known is None or known.dtype != parameter.dtype:  # which master values have another one of
-            self._placeholders[position] = ShardedGradient(parameter, name, _zeroing(self, position))
-        return self._placeholders[position]
+        if known is None:
+            known = ShardedGradient(self.parameters[position], self.names[position], _zeroing(self, position))
+            self._placeholders[position] = known
+        return known
 
     def zero_gradient(self, position: int) -> None:
         """Set the reduced gradient of one parameter to zero where it rests."""
@@ -333,7 +349,7 @@ class Unit:
 
         """
         self.arrivals[position] += 1
-        if self.phase is not Phase.FILLING:
+        if self.phase is not _FILLING:
             if self.is_muted:
                 return False
             gradient = gradient * self._scale
@@ -342,28 +358,29 @@ class Unit:
             return False
         if self.grad is None:
             self._open_buffers()
-        if self.content[position] is Content.REDUCED:
+        contents = self.content
+        if contents[position] is _REDUCED:
             self._leave_rest()
-        view = self._grad_views[position]
+        view, content = self._grad_views[position], contents[position]
         if self.is_muted:
-            if self.content[position] is not Content.LOCAL:
+            if content is not _LOCAL:
                 view.zero_()
-        elif self.content[position] is Content.LOCAL:
+        elif content is _LOCAL:
             view.add_(gradient, alpha=self._scale)
         elif self._scale == 1.0:
             view.copy_(gradient)
         else:
             torch.mul(gradient, self._scale, out=view)
         self.writes += 1
-        self.content[position] = Content.LOCAL
+        contents[position] = _LOCAL
         if self.arrivals[position] == self.expected[position]:
             self._missing -= 1
-        return self.is_ready
+        return self._missing == 0 and self.is_ready
 
     @property
     def contributes(self) -> list[bool]:
         """For each parameter, whether this rank has something for the reduction."""
-        return [content is Content.LOCAL for content in self.content]
+        return [content is _LOCAL for content in self.content]
 
     @property
     def is_inside(self) -> bool:
@@ -382,9 +399,9 @@ class Unit:
 
     def _leave_rest(self) -> None:
         """Make room for new contributions where reduced gradients rest, without losing those."""
-        reduced = {position for position, content in enumerate(self.content) if content is Content.REDUCED}
-        if not reduced:
+        if _REDUCED not in self.content:
             return
+        reduced = {position for position, content in enumerate(self.content) if content is _REDUCED}
         assert self.grad is not None
         assert self.rest is not None
         if self._row.gradients is Rest.REPLICATED:
@@ -419,7 +436,7 @@ class Unit:
         assert self.rest is not None
         self._leave_rest()
         for position, content in enumerate(self.content):
-            if content is Content.NONE:
+            if content is _NONE:
                 slot = self.layout.slots[position]
                 self.grad[slot.start : slot.stop].zero_()
         self.phase = Phase.REDUCING
@@ -536,7 +553,7 @@ class Unit:
         assert self.phase is Phase.DONE
         self.content = [
             # Locally there without a flag: reduced earlier, and every rank's share of it was added up again.
-            Content.REDUCED if flag or content is Content.LOCAL or position in self._kept else Content.NONE
+            _REDUCED if flag or content is _LOCAL or position in self._kept else _NONE
             for position, (flag, content) in enumerate(zip(used, self.content, strict=True))
         ]
         self._kept.clear()
