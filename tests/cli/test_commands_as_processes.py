@@ -36,3 +36,7 @@ def test_config_env_and_bench(tmp_path: Path) -> None:
     done = accel("bench", "--list")
     assert done.returncode == 0
     assert "accel_zero2" in done.stdout
+    run = ["--model", "gpt-tiny", "--peers", "single", "--ranks", "1", "--rounds", "1", "--steps", "1"]
+    done = accel("bench", *run, "--out", str(tmp_path / "measured"))
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "| single |" in (tmp_path / "measured" / "table.md").read_text()
