@@ -41,6 +41,11 @@ def batches(parameters: Iterable[Tensor], key: Callable[[Tensor], Hashable]) -> 
     return [*alone, *alike.values()]
 
 
+def gradients_of(parameters: Iterable[Tensor]) -> list[Tensor]:
+    """The gradients of parameters that have one."""
+    return [parameter.grad for parameter in parameters if parameter.grad is not None]
+
+
 def require_number(name: str, value: Any, low: float = 0.0) -> None:
     """Raise unless a setting is a finite number of at least ``low``.
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import Any, overload
 
 import torch
@@ -14,7 +14,7 @@ from typing_extensions import override
 
 from lightning_accel.core import register_by_tensor
 from lightning_accel.core.clipping import norms_of
-from lightning_accel.optimizers.batches import batches, require_common, require_number
+from lightning_accel.optimizers.batches import batches, gradients_of, require_common, require_number
 
 
 class Lamb(Optimizer):
@@ -34,8 +34,8 @@ class Lamb(Optimizer):
 
     "Large Batch Optimization for Deep Learning: Training BERT in 76 minutes" (You et al., 2020) corrects the bias of
     :math:`m` and :math:`v` before it takes the norm. DeepSpeed, and so this class, corrects the length of the step
-    instead: by the factor behind :math:`\eta`, which is 0.32 in the first step and reaches 1 after some 3000 with the
-    default ``betas``. ``bias_correction=False`` leaves it out, which brings the early steps near the paper's, as the
+    instead: by the factor behind :math:`\eta`, which with the default ``betas`` is 0.32 in the first step and nears 1
+    after some thousands. ``bias_correction=False`` leaves it out, which brings the early steps near the paper's, as the
     trust ratio :math:`r` makes up for the rest.
 
     State of a parameter: ``step`` (0-dim, fp32, on the CPU), ``exp_avg`` and ``exp_avg_sq`` (shape and dtype of the
@@ -49,9 +49,9 @@ class Lamb(Optimizer):
         eps: :math:`\epsilon`, added to the denominator.
         eps_inside_sqrt: Take :math:`\sqrt{v + \epsilon}` for the denominator.
         weight_decay: :math:`\lambda`. It counts for the trust ratio.
-        max_grad_norm: 0. As with DeepSpeed's engine, gradients are not clipped here, as an optimizer with a share of the
-            parameters does not know the norm of all gradients: use ``gradient_clip_val=`` of the Trainer, or
-            ``clip_gradients`` and the like.
+        max_grad_norm: 0. As with DeepSpeed's engine, gradients are not clipped here: an optimizer with a share of the
+            parameters does not know the norm of all gradients. Use ``gradient_clip_val=`` of the Trainer, or clip
+            before the step.
         max_coeff: Upper limit :math:`r_{max}` of the trust ratio.
         min_coeff: Lower limit :math:`r_{min}` of the trust ratio.
 
@@ -156,7 +156,7 @@ class Lamb(Optimizer):
         states = [self.state[parameter] for parameter in parameters]
         for state in states:
             state["step"] += 1
-        gradients = [parameter.grad for parameter in parameters]
+        gradients = gradients_of(parameters)
         exp_avgs = [state["exp_avg"] for state in states]
         exp_avg_sqs = [state["exp_avg_sq"] for state in states]
         beta1, beta2 = group["betas"]
@@ -181,14 +181,14 @@ class Lamb(Optimizer):
         torch._foreach_add_(parameters, updates)
 
 
-def _trust_ratios(parameters: Sequence[Tensor], updates: Sequence[Tensor], low: float, high: float) -> Tensor:
+def _trust_ratios(parameters: list[Tensor], updates: list[Tensor], low: float, high: float) -> Tensor:
     """How long the step of each tensor may be, in fp32 or wider: no value leaves the device."""
     values, changes = _norms(parameters), _norms(updates)
     ratios = (values / changes).clamp(low, high)
     return ratios.where((values != 0) & (changes != 0), 1.0)
 
 
-def _norms(tensors: Sequence[Tensor]) -> Tensor:
+def _norms(tensors: list[Tensor]) -> Tensor:
     if tensors[0].device.type == "cpu":
         return torch.stack(norms_of(tensors, 2.0))  # torch's own are not precise for large tensors there
     wide = torch.promote_types(tensors[0].dtype, torch.float32)

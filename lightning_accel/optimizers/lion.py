@@ -12,7 +12,7 @@ from torch.optim.optimizer import ParamsT
 from typing_extensions import override
 
 from lightning_accel.core import register_elementwise
-from lightning_accel.optimizers.batches import batches, require_common
+from lightning_accel.optimizers.batches import batches, gradients_of, require_common
 
 
 class Lion(Optimizer):
@@ -101,7 +101,7 @@ class Lion(Optimizer):
             if "exp_avg" not in state:
                 state["exp_avg"] = torch.zeros_like(parameter, memory_format=torch.preserve_format)
             exp_avgs.append(state["exp_avg"])
-        gradients = [parameter.grad for parameter in parameters]
+        gradients = gradients_of(parameters)
         lr = float(group["lr"])
         beta1, beta2 = group["betas"]
         directions = torch._foreach_lerp(exp_avgs, gradients, 1 - beta1)

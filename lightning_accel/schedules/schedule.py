@@ -83,7 +83,7 @@ def by_group(optimizer: Optimizer, name: str, value: float | Sequence[float]) ->
     if not isinstance(optimizer, Optimizer):
         raise TypeError(f"Expected a torch.optim.Optimizer, got {type(optimizer).__name__}.")
     groups = len(optimizer.param_groups)
-    values = list(value) if isinstance(value, list | tuple) else [value] * groups
+    values: list[Any] = list(value) if isinstance(value, list | tuple) else [value] * groups
     if len(values) != groups:
         raise ValueError(
             f"Expected {name} to be a number, or one for each of the {groups} parameter groups, got {len(values)}."
