@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, overload
 
 import torch
@@ -181,18 +181,18 @@ class Lamb(Optimizer):
         torch._foreach_add_(parameters, updates)
 
 
-def _trust_ratios(parameters: list[Tensor], updates: list[Tensor], low: float, high: float) -> Tensor:
+def _trust_ratios(parameters: Sequence[Tensor], updates: Sequence[Tensor], low: float, high: float) -> Tensor:
     """How long the step of each tensor may be, in fp32 or wider: no value leaves the device."""
     values, changes = _norms(parameters), _norms(updates)
     ratios = (values / changes).clamp(low, high)
     return ratios.where((values != 0) & (changes != 0), 1.0)
 
 
-def _norms(tensors: list[Tensor]) -> Tensor:
+def _norms(tensors: Sequence[Tensor]) -> Tensor:
     if tensors[0].device.type == "cpu":
         return torch.stack(norms_of(tensors, 2.0))  # torch's own are not precise for large tensors there
     wide = torch.promote_types(tensors[0].dtype, torch.float32)
-    return torch.stack(torch._foreach_norm(tensors, 2, dtype=wide))
+    return torch.stack(torch._foreach_norm(list(tensors), 2, dtype=wide))
 
 
 register_by_tensor(Lamb)

@@ -66,7 +66,7 @@ def test_steps_follow_the_formula(scale: float, settings: dict[str, Any], ratios
     expected, had = by_hand(start, gradients, **settings)
     assert ratios[0] <= min(had) <= max(had) <= ratios[1]
     parameter = nn.Parameter(start.clone())
-    optimizer = Lamb([parameter], lr=torch.tensor(0.1, dtype=torch.float64), **settings)  # type: ignore[arg-type]
+    optimizer = Lamb([parameter], lr=torch.tensor(0.1, dtype=torch.float64), **settings)
     for gradient in gradients:
         parameter.grad = gradient.clone()
         assert optimizer.step(lambda: 3.0) == 3.0
@@ -97,7 +97,8 @@ def test_norms_of_pieces_would_be_noticed(ranks3: Any) -> None:
 def compare_grouped(row: str) -> float:
     def groups(parameters: Any) -> Lamb:
         first, *rest = list(parameters)
-        return Lamb([{"params": [first], "lr": 0.05, "max_coeff": 0.2}, {"params": rest}], lr=0.01, betas=(0.8, 0.95))
+        of_first: dict[str, Any] = {"params": [first], "lr": 0.05, "max_coeff": 0.2}
+        return Lamb([of_first, {"params": rest}], lr=0.01, betas=(0.8, 0.95))
 
     return compare(Net, row, groups, steps=10, accumulate=2)
 
@@ -176,7 +177,12 @@ def test_tensors_by_one_call_and_one_by_one(monkeypatch: pytest.MonkeyPatch) -> 
     one_by_one = many("cpu")
     calls = []
     update = Lamb._update
-    monkeypatch.setattr(Lamb, "_update", lambda self, *args: (calls.append(len(args[0])), update(self, *args)))
+
+    def noted(self: Lamb, parameters: list[Tensor], group: dict[str, Any]) -> None:
+        calls.append(len(parameters))
+        update(self, parameters, group)
+
+    monkeypatch.setattr(Lamb, "_update", noted)
     monkeypatch.setattr("lightning_accel.optimizers.lamb.batches", by_count)
     monkeypatch.setattr("lightning_accel.optimizers.lamb._norms", lambda tensors: torch.stack(by_foreach(tensors)))
     torch.testing.assert_close(many("cpu"), one_by_one, rtol=1e-12, atol=0)

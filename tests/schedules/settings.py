@@ -25,7 +25,7 @@ CHOSEN = [*range(1, 16), *range(19, 24), *range(28, 33), 40, *range(49, 54), 60,
 CHOSEN += [*range(98, 106), 113, *range(119, 124), 130, *range(149, 154), 170, 185, *range(196, 201)]
 
 # name: class, parameters, learning rates of the optimizer's groups, optimizer
-SETTINGS: dict[str, tuple[str, dict[str, Any], list[float], type[torch.optim.Optimizer]]] = {
+SETTINGS: dict[str, tuple[str, dict[str, Any], list[float], Callable[[Any], torch.optim.Optimizer]]] = {
     "range": ("LRRangeTest", {}, [0.1], torch.optim.SGD),
     "range quick": (
         "LRRangeTest",
