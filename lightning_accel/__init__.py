@@ -42,7 +42,19 @@ if find_spec("lightning") is not None:
 
 _HOMES = {"engine_of": "core", "plan": "planning", "AccelPrecision": "plugins"}
 """Where a name is from, if not from the manual loop."""
-_PACKAGES = {"callbacks", "convert", "core", "data", "inference", "manual", "planning", "plugins", "strategies"}
+_PACKAGES = {
+    "callbacks",
+    "convert",
+    "core",
+    "data",
+    "inference",
+    "manual",
+    "optimizers",
+    "planning",
+    "plugins",
+    "schedules",
+    "strategies",
+}
 
 
 def __getattr__(name: str) -> Any:

@@ -101,6 +101,16 @@ def test_data_knows_core_alone() -> None:
     assert wrong_imports("lightning_accel.data", (*LIGHTNING, "lightning_accel"), allowed=allowed) == []
 
 
+def test_optimizers_know_core_alone() -> None:
+    allowed = ("lightning_accel.core", "lightning_accel.optimizers")
+    assert wrong_imports("lightning_accel.optimizers", (*LIGHTNING, "lightning_accel"), allowed=allowed) == []
+
+
+def test_schedules_know_torch_alone() -> None:
+    allowed = ("lightning_accel.schedules",)
+    assert wrong_imports("lightning_accel.schedules", (*LIGHTNING, "lightning_accel"), allowed=allowed) == []
+
+
 def test_plugins_know_nothing_of_strategies() -> None:
     assert wrong_imports("lightning_accel.plugins", ("lightning_accel.strategies", "lightning_accel.manual")) == []
 

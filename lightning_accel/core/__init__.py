@@ -7,7 +7,7 @@ if TYPE_CHECKING:
     from lightning_accel.core.average import Average
     from lightning_accel.core.engine import Engine
     from lightning_accel.core.grad_scaler import GradScaler
-    from lightning_accel.core.optimizer import register_elementwise
+    from lightning_accel.core.optimizer import register_by_tensor, register_elementwise
     from lightning_accel.core.placement import ROWS, Rest, Row
     from lightning_accel.core.power_sgd import PowerSGD
     from lightning_accel.core.registry import engine_of
@@ -23,6 +23,7 @@ __all__ = [
     "Rest",
     "Row",
     "engine_of",
+    "register_by_tensor",
     "register_elementwise",
 ]
 
@@ -31,6 +32,7 @@ _HOMES = {
     "Engine": "engine",
     "GradScaler": "grad_scaler",
     "PowerSGD": "power_sgd",
+    "register_by_tensor": "optimizer",
     "register_elementwise": "optimizer",
     "engine_of": "registry",
     "Report": "report",

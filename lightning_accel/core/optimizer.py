@@ -54,7 +54,9 @@ _ELEMENTWISE: set[type[Optimizer]] = {
 }
 _DEEPSPEED_CPU_ADAM = ("deepspeed.ops.adam.cpu_adam", "DeepSpeedCPUAdam")
 """Elementwise, too. Known by its name: importing deepspeed takes seconds, and most users do not have it."""
-_BY_TENSOR = {name for name in ("Adafactor", "Muon") if hasattr(torch.optim, name)}
+_BY_TENSOR: set[type[Optimizer]] = {
+    getattr(torch.optim, name) for name in ("Adafactor", "Muon") if hasattr(torch.optim, name)
+}
 """Known to update each parameter from that parameter alone; others of torch.optim are not."""
 
 
@@ -67,6 +69,19 @@ def register_elementwise(*classes: type[Optimizer]) -> None:
 
     """
     _ELEMENTWISE.update(classes)
+
+
+def register_by_tensor(*classes: type[Optimizer]) -> None:
+    """Declare that optimizer classes update each parameter from that parameter alone, and need it whole.
+
+    Others get whole tensors as well, with a warning, as they may mix parameters.
+
+    Args:
+        classes: Optimizers whose update of a parameter depends on that parameter's values, gradient and state, and on
+            numbers that are the same for all parameters, only; and that may be called for one parameter at a time.
+
+    """
+    _BY_TENSOR.update(classes)
 
 
 class EngineOptimizer:
@@ -122,9 +137,7 @@ class EngineOptimizer:
     @property
     def _is_unknown(self) -> bool:
         """Whether nothing is known about how the optimizer works: it may count its steps, say."""
-        kind = type(self.optimizer)
-        by_tensor = kind.__name__ in _BY_TENSOR and kind.__module__.startswith("torch.optim")
-        return self.whole and not by_tensor
+        return self.whole and type(self.optimizer) not in _BY_TENSOR
 
     @property
     def units(self) -> list[Unit]:
@@ -166,9 +179,9 @@ class EngineOptimizer:
         if self._is_unknown:
             warnings.warn(
                 f"{kind.__name__} is not known to lightning_accel: each rank updates its share of whole parameters."
-                " That is right if the update of a parameter depends on that parameter alone. If it treats each element"
-                " alone, lightning_accel.core.register_elementwise(...) balances it better; if it mixes parameters,"
-                " use strategy='accel_ddp'.",
+                " That is right if the update of a parameter depends on that parameter alone:"
+                " lightning_accel.core.register_by_tensor(...) says so. If it treats each element alone,"
+                " register_elementwise(...) balances it better; if it mixes parameters, use strategy='accel_ddp'.",
                 stacklevel=2,
             )
 
