@@ -209,13 +209,17 @@ _no_consequence(
 )
 
 # ----------------------------------------------------------------------------------------- reports, checkpoints
-_TELLS = "strategy.engine.report() tells bytes and messages, and Trainer(profiler=...) times"
-_not_offered(_TELLS, "", "wall_clock_breakdown memory_breakdown", FLAG)
-for _section, _names in (
-    ("comms_logger", "enabled verbose prof_all prof_ops debug"),
-    ("flops_profiler", "enabled recompute_fwd_factor profile_step module_depth top_modules detailed output_file"),
-):
-    _not_offered(_TELLS, _section, _names)
+_SHOWN = "the engine's report (bytes at rest, the last step's messages) is shown at the end of a fit"
+_honoured("memory_breakdown", _SHOWN, FLAG, False)
+_honoured("comms_logger.enabled", _SHOWN, FLAG, False)
+_no_consequence("all operations are counted, on every rank", "comms_logger", "verbose prof_all prof_ops debug")
+_TIMES = "Trainer(profiler=...) times"
+_not_offered(_TIMES, "", "wall_clock_breakdown", FLAG)
+_not_offered(
+    _TIMES,
+    "flops_profiler",
+    "enabled recompute_fwd_factor profile_step module_depth top_modules detailed output_file",
+)
 _no_consequence("the progress bar and loggers tell", "", "steps_per_print dump_state log_level")
 _no_consequence("Lightning's progress bar tells", "timers", "throughput")
 for _section in ("tensorboard", "wandb", "csv_monitor", "comet"):

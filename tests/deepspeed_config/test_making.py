@@ -69,3 +69,31 @@ def test_a_schedule_lacks_a_value() -> None:
     config = DeepSpeedConfig.read({"scheduler": {"type": "WarmupDecayLR", "params": {"warmup_num_steps": 3}}})
     with pytest.raises(ValueError, match="scheduler.params.total_num_steps in config for WarmupDecayLR"):
         make_scheduler(config, torch.optim.SGD(nn.Linear(1, 1).parameters()))
+
+
+@pytest.mark.parametrize(("kind", "params"), [("Lamb", {"max_coeff": 5.0}), ("lion", {"betas": [0.9, 0.99]})])
+def test_optimizers_that_torch_does_not_have(kind: str, params: dict[str, Any]) -> None:
+    pytest.importorskip("lightning_accel.optimizers")
+    optimizer = make(kind, **params)
+    assert type(optimizer).__name__ == kind.capitalize()
+    (group,) = optimizer.param_groups
+    assert (group["lr"], group["weight_decay"]) == (1e-3, 0.0)
+    for name, value in params.items():
+        assert group[name] == (tuple(value) if isinstance(value, list) else value)
+
+
+@pytest.mark.parametrize(
+    ("kind", "params"),
+    [
+        ("LRRangeTest", {"lr_range_test_min_lr": 1e-4}),
+        ("OneCycle", {"cycle_min_lr": 1e-4, "cycle_max_lr": 1e-2, "cycle_momentum": False}),
+        ("WarmupLR", {"warmup_max_lr": 0.1}),
+        ("WarmupDecayLR", {"total_num_steps": 10, "warmup_num_steps": 2, "warmup_type": "linear"}),
+        ("warmupcosinelr", {"total_num_steps": 10, "warmup_num_steps": 2}),
+    ],
+)
+def test_schedules(kind: str, params: dict[str, Any]) -> None:
+    pytest.importorskip("lightning_accel.schedules")
+    config = DeepSpeedConfig.read({"scheduler": {"type": kind, "params": params}})
+    schedule = make_scheduler(config, torch.optim.SGD(nn.Linear(1, 1).parameters(), lr=0.1))
+    assert type(schedule).__name__.lower() == kind.lower()
