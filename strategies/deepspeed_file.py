@@ -70,8 +70,9 @@ class FromFile:
     """
 
     def __init__(self, source: DeepSpeedFile, stage: int | None, arguments: Mapping[str, Any]) -> None:
-        self.config = DeepSpeedConfig.read(source)
-        """What it says; values take the place of ``"auto"`` as they become known."""
+        self._read = self._begun = DeepSpeedConfig.read(source)
+        self.config = self._read
+        """What it says; in each stage anew, values take the place of ``"auto"`` as they become known."""
         self._meaning = Meaning.of(self.config)
         self.stage: int = self.config["zero_optimization.stage"]
         """The ZeRO stage."""
@@ -126,19 +127,22 @@ class FromFile:
 
         Args:
             options: What the strategy has by its arguments.
-            module: The model, whose width bucket sizes may be left to; None if there is none yet.
+            module: The model, whose width bucket sizes may be left to, at the beginning of a stage; None if there is
+                none yet.
 
         Raises:
             ValueError: If a bucket size is ``"auto"`` and the model does not say how wide it is.
 
         """
+        if module is not None:
+            self.config = self._begun
         if module is not None and self._sets_buckets:
             self.config = fill(self.config, Known(ranks=1, hidden_size=_hidden_size(module)), _BUCKETS)
         joined = bucket_cap_mb(self.config) if self._sets_buckets else options.bucket_cap_mb
         return replace(options, shard_size=self._meaning.shard_size, bucket_cap_mb=joined)
 
     def precision(self, plugin: Plugin) -> tuple[Plugin | AccelPrecision, GradScaler | None]:
-        """The precision plugin to use, and its scaler; None if the plugin has what it needs.
+        """The precision plugin to use, and the scaler to give it; None if it has what it needs.
 
         Raises:
             ValueError: If the Trainer's or Fabric's precision contradicts the file.
@@ -146,20 +150,19 @@ class FromFile:
         """
         name = str(plugin.precision)
         asked = _COMPUTES_IN.get(name.partition("-")[0], name)
-        self.config = fill(self.config, Known(ranks=1, precision=asked), _PARTS)
+        self.config = self._begun = fill(self._read, Known(ranks=1, precision=asked), _PARTS)
+        given: GradScaler | None = self._given.get("grad_scaler")
         computing = Computing.of(self.config)
         if computing is None:
             if says_fp32(self.config) and asked in ("fp16", "bf16"):
                 raise self._conflict("precision", name, "fp16 and bf16 that are off")
-            return plugin, None
+            return plugin, given
         is_default = type(plugin) in (Precision, FabricPrecision)
         if not is_default and (asked != computing.name or not name.endswith("-mixed")):
             raise self._conflict("precision", name, f"{computing.name} with fp32 master values")
-        scaler = grad_scaler(self.config, computing.name)
-        if self._given.get("grad_scaler") is not None:
-            if computing.name == "fp16":
-                raise self._conflict("the loss scale", self._given["grad_scaler"], "fp16")
-            scaler = None
+        if given is not None and computing.name == "fp16":
+            raise self._conflict("the loss scale", "grad_scaler", "fp16")
+        scaler = given or grad_scaler(self.config, computing.name)
         if is_default:
             return AccelPrecision(compute=computing.dtype, autocast=computing.autocast), scaler
         return plugin, scaler

@@ -387,8 +387,7 @@ class AccelZeROStrategy(AccelFabricStrategy):
     def _choose_precision(self, precision: Precision) -> Precision:
         if self._file is None:
             return precision
-        chosen, scaler = self._file.precision(precision)
-        self._given_scaler = scaler or self._given_scaler
+        chosen, self._given_scaler = self._file.precision(precision)
         return chosen
 
     @override

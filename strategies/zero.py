@@ -54,8 +54,7 @@ class AccelZeROStrategy(AccelStrategy):
     def _choose_precision(self, plugin: Precision) -> Precision:
         if self._file is None:
             return plugin
-        chosen, scaler = self._file.precision(plugin)
-        self._given_scaler = scaler or self._given_scaler
+        chosen, self._given_scaler = self._file.precision(plugin)
         return chosen
 
     @override

@@ -9,7 +9,7 @@ from types import MappingProxyType
 from typing import Any
 
 from lightning_accel.deepspeed_config.keys import KEYS, Key, Kind
-from lightning_accel.deepspeed_config.reading import checked, load
+from lightning_accel.deepspeed_config.reading import checked, known_keys, load
 from lightning_accel.deepspeed_config.values import AUTO
 
 _Z = "zero_optimization"
@@ -53,6 +53,10 @@ class DeepSpeedConfig:
         config = DeepSpeedConfig(where, MappingProxyType(values), MappingProxyType(keys))
         _require_consistent(config)
         return config
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        """Processes that are spawned get what the file says; the table of keys they have."""
+        return _made_again, (self.where, dict(self.values))
 
     def __contains__(self, name: object) -> bool:
         return name in self.values
@@ -119,6 +123,11 @@ class DeepSpeedConfig:
         config = DeepSpeedConfig(self.where, MappingProxyType(values), self.keys)
         _require_consistent(config)
         return config
+
+
+def _made_again(where: str, values: dict[str, Any]) -> DeepSpeedConfig:
+    known = known_keys({part: values.get(f"{part}.type") for part in ("optimizer", "scheduler")}, where)
+    return DeepSpeedConfig(where, MappingProxyType(values), MappingProxyType({name: known[name] for name in values}))
 
 
 def _require_consistent(config: DeepSpeedConfig) -> None:

@@ -72,7 +72,7 @@ _no_consequence(
 
 # ---------------------------------------------------------------------------------------- optimizer, scheduler
 _honoured("optimizer.type", "the optimizer's class, if configure_optimizers gives none", TEXT)
-_no_consequence("optimizer segments are flat always", "optimizer", "legacy_fusion")
+_no_consequence("it chooses between kernels of DeepSpeed's", "optimizer", "legacy_fusion")
 _honoured("scheduler.type", "the schedule's class, if configure_optimizers gives none", TEXT)
 _no_consequence(
     "any optimizer is accepted; the engine says if one cannot be divided",
@@ -110,7 +110,7 @@ _not_offered("the accumulation dtype is that of the master values", "data_types"
 _not_offered("say it with AccelPrecision", "data_types", "param_dtype buffer_dtype keep_in_fp32_modules")
 _not_offered("sequence parallelism is not offered", "", "seq_parallel_communication_data_type")
 _no_consequence(
-    "gradients are divided before they are added up where their dtype needs it",
+    "the mean over ranks is the same; only roundings differ",
     "",
     "prescale_gradients gradient_predivide_factor",
 )
@@ -178,7 +178,7 @@ _no_consequence(
     "stage3_module_granularity_threshold module_granularity_threshold leaf_module",
 )
 _no_consequence(
-    "parameters are gathered into views, without copies",
+    "a unit's parameters are gathered in one operation always",
     _Z,
     "stage3_use_all_reduce_for_fetch_params use_all_reduce_for_fetch_params",
 )

@@ -68,11 +68,7 @@ def checked(found: Mapping[str, Any], where: str) -> tuple[dict[str, Any], dict[
         ValueError: If a key is unknown or removed from DeepSpeed, or a value is none of its kind.
 
     """
-    params = {
-        **_parameters(found, "optimizer", where),
-        **_parameters(found, "scheduler", where),
-    }
-    known = {**KEYS, **params}
+    known = known_keys({part: _type(found, part, where) for part in ("optimizer", "scheduler")}, where)
     values: dict[str, Any] = {}
     unknown: list[str] = []
     for name, value in _flat(found, "", where):
@@ -95,31 +91,47 @@ def checked(found: Mapping[str, Any], where: str) -> tuple[dict[str, Any], dict[
     return values, {name: known[name] for name in values}
 
 
-def _parameters(found: Mapping[str, Any], part: str, where: str) -> dict[str, Key]:
-    """The keys of ``params`` of the optimizer or the schedule that a file names."""
+def known_keys(types: Mapping[str, str | None], where: str) -> dict[str, Key]:
+    """All keys that a file may have.
+
+    Args:
+        types: The types of its ``"optimizer"`` and ``"scheduler"``; None if it has none.
+        where: The file, for messages.
+
+    Raises:
+        ValueError: If there is no such type.
+
+    """
+    known = dict(KEYS)
+    for part, kind in types.items():
+        if kind is not None:
+            known |= {f"{part}.params.{name}": key for name, key in _parameters(part, kind, where).items()}
+    return known
+
+
+def _type(found: Mapping[str, Any], part: str, where: str) -> str | None:
     section = found.get(part)
     if not isinstance(section, Mapping):
-        return {}
+        return None
     kind = section.get("type")
-    if kind is None:
-        if section.get("params"):
-            raise ValueError(f"Expected {part}.type in {where}, got {part}.params alone.")
-        return {}
-    if not isinstance(kind, str):
+    if kind is None and section.get("params"):
+        raise ValueError(f"Expected {part}.type in {where}, got {part}.params alone.")
+    if not isinstance(kind, str | None):
         raise ValueError(f"Expected {part}.type in {where} to be a text, got {kind!r}.")
-    if part == "scheduler":
-        name = find_schedule(kind)
-        if name is None:
-            raise ValueError(
-                f"Expected scheduler.type in {where} to be one of {', '.join(SCHEDULES)}, got"
-                f" {describe_unknown([kind], [*SCHEDULES])}."
-            )
-        keys = SCHEDULES[name]
-    elif kind.lower() in OPTIMIZERS:
-        keys = OPTIMIZERS[kind.lower()]
-    else:
-        keys = _of_torch(kind, where)
-    return {f"{part}.params.{name}": key for name, key in keys.items()}
+    return kind
+
+
+def _parameters(part: str, kind: str, where: str) -> Mapping[str, Key]:
+    """The keys of ``params`` of an optimizer or a schedule."""
+    if part == "optimizer":
+        return OPTIMIZERS[kind.lower()] if kind.lower() in OPTIMIZERS else _of_torch(kind, where)
+    name = find_schedule(kind)
+    if name is None:
+        raise ValueError(
+            f"Expected scheduler.type in {where} to be one of {', '.join(SCHEDULES)}, got"
+            f" {describe_unknown([kind], [*SCHEDULES])}."
+        )
+    return SCHEDULES[name]
 
 
 def _of_torch(kind: str, where: str) -> dict[str, Key]:

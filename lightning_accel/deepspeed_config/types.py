@@ -46,7 +46,7 @@ _ADAM = {
     **_is("torch_adam", FLAG, False),
     **_is("adam_w_mode", FLAG, True),
     **_GRADS,
-    **_idle("the step runs on flat tensors", "foreach", "fused"),
+    **_idle("the engine chooses what the step runs on", "foreach", "fused"),
     **_idle("state is of the master values' dtype", "fp32_optimizer_states"),
 }
 
@@ -81,7 +81,7 @@ OPTIMIZERS: dict[str, dict[str, Key]] = {
         **_DECAY,
         **_is("nesterov", FLAG, False),
         **_is("maximize", FLAG, False),
-        **_idle("the step runs on flat tensors", "foreach", "fused"),
+        **_idle("the engine chooses what the step runs on", "foreach", "fused"),
     },
     "muon": {
         **_is("lr", number(), 1e-3),

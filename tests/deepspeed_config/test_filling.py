@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import pickle
 from typing import Any
 
 import pytest
@@ -107,3 +108,9 @@ def test_what_was_filled_in_is_checked() -> None:
     config = DeepSpeedConfig.read({"bf16": {"enabled": "auto"}, "fp16": {"enabled": True}})
     with pytest.raises(ValueError, match="got fp16 and bf16"):
         fill(config, KNOWN)
+
+
+def test_other_processes_get_the_same() -> None:
+    config = pickle.loads(pickle.dumps(DeepSpeedConfig.read(FILE)))
+    assert dict(config.values) == dict(DeepSpeedConfig.read(FILE).values)
+    assert fill(config, KNOWN)["optimizer.params.lr"] == 3e-4

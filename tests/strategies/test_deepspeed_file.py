@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import pickle
 import warnings
 from pathlib import Path
 from typing import Any
@@ -153,6 +154,53 @@ def test_a_report_at_the_end(ranks2: Ranks) -> None:
     assert ranks2.run(told_at_the_end, SEED) == [[], []]
 
 
+def fit_twice(config: dict[str, Any]) -> list[float]:
+    """The learning rates of two fits with modules that say different ones."""
+    used = trainer(AccelZeROStrategy(config=config))
+    found = []
+    for lr in (0.02, 0.05):
+        used.fit(NoOptimizer(lr=lr), loader())
+        found.append(used.strategy.optimizers[0].param_groups[0]["lr"])
+    return found
+
+
+def test_each_fit_fills_anew(ranks2: Ranks) -> None:
+    assert ranks2.run(fit_twice, {**FULL, "train_batch_size": "auto"}) == [[0.02, 0.05]] * 2
+
+
+class ByHand(Given):
+    """Optimizes by hand, and leaves accumulation out."""
+
+    def __init__(self) -> None:
+        super().__init__(torch.optim.SGD, lr=0.02, momentum=0.5)
+        self.automatic_optimization = False
+
+    def training_step(self, batch: Any, batch_idx: int) -> None:
+        optimizer = self.optimizers()
+        optimizer.zero_grad()
+        self.manual_backward(self.loss(batch))
+        self.clip_gradients(optimizer, 0.1)
+        optimizer.step()
+
+
+def fit_by_hand(config: dict[str, Any]) -> tuple[dict[str, Tensor], dict[str, Any], list[str]]:
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        found, told = fit(config, ByHand())
+    return found, told, [str(warning.message) for warning in caught]
+
+
+def test_a_loop_by_hand_is_left_alone_and_told(ranks2: Ranks) -> None:
+    expected = expect(torch.optim.SGD, 0.1, 1, lr=0.02, momentum=0.5)
+    config = {"gradient_accumulation_steps": 2, "gradient_clipping": 0.5, "zero_optimization": {"stage": 2}}
+    results = ranks2.run(fit_by_hand, config)
+    for found, told, _ in results:
+        assert_close(found, expected)
+        assert (told["accumulation"], told["clipping"]) == (1, None)
+    said = "gradient_accumulation_steps, gradient_clipping are left to training_step, which optimizes by hand"
+    assert any(said in message for message in results[0][2])
+
+
 class Wide(NoOptimizer):
     """As models of Transformers say how wide they are."""
 
@@ -228,6 +276,7 @@ def test_arguments_and_the_file(kind: Any, tmp_path: Path) -> None:
     assert (made.row.name, made.stage) == ("fsdp_hybrid", 3)
     options = made._options
     assert (options.offload, options.offload_dir, options.shard_size) == ("optimizer", str(tmp_path), 2)
+    assert pickle.loads(pickle.dumps(made._file)).row == made.row  # spawned ranks get it so
     with pytest.raises(ValueError, match=r"got stage=2 and zero_optimization.stage 3 in config\. Leave stage out"):
         kind(config=config, stage=2)
     with pytest.raises(ValueError, match="Expected offload to be said once, got 'parameters' and 'optimizer'"):
