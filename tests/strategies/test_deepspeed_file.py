@@ -19,6 +19,7 @@ from torch import Tensor, nn
 import lightning_accel.strategies.fabric as twins
 from harness import Ranks
 from lightning_accel import engine_of
+from lightning_accel.deepspeed_config import DeepSpeedConfig, making
 from lightning_accel.strategies import AccelZeROStrategy
 
 SEED = {
@@ -166,6 +167,35 @@ def fit_twice(config: dict[str, Any]) -> list[float]:
 
 def test_each_fit_fills_anew(ranks2: Ranks) -> None:
     assert ranks2.run(fit_twice, {**FULL, "train_batch_size": "auto"}) == [[0.02, 0.05]] * 2
+
+
+class Halving(Given):
+    """Notes what the learning rate is in each step."""
+
+    def on_train_batch_start(self, batch: Any, batch_idx: int) -> None:
+        self.rates = [*getattr(self, "rates", ()), self.optimizers().param_groups[0]["lr"]]  # type: ignore[union-attr]
+
+
+def fit_schedule(config: dict[str, Any]) -> tuple[list[float], dict[str, Any]]:
+    """Learning rates and the schedule's settings, with a schedule that halves them in each step."""
+    settings: dict[str, Any] = {}
+
+    def halve(filled: DeepSpeedConfig, optimizer: torch.optim.Optimizer) -> Any:
+        settings.update(filled.params("scheduler"))
+        return torch.optim.lr_scheduler.ExponentialLR(optimizer, 0.5)
+
+    module = Halving(torch.optim.SGD, lr=0.08)
+    with patch.object(making, "make_scheduler", halve):
+        fit(config, module, accumulate_grad_batches=2)
+    return module.rates, settings
+
+
+def test_the_schedule_steps_with_the_optimizer_of_the_module(ranks2: Ranks) -> None:
+    params = {"total_num_steps": "auto", "warmup_max_lr": "auto", "warmup_num_steps": 2}
+    config = {"zero_optimization": {"stage": 2}, "scheduler": {"type": "WarmupDecayLR", "params": params}}
+    for rates, settings in ranks2.run(fit_schedule, config):
+        assert rates == [0.08, 0.08, 0.04, 0.04, 0.02, 0.02, 0.01, 0.01]
+        assert settings == {"total_num_steps": 4, "warmup_max_lr": 0.08, "warmup_num_steps": 2}
 
 
 class ByHand(Given):
