@@ -29,6 +29,7 @@ from lightning_accel.core.placement import Row, find_row
 from lightning_accel.plugins.accel_precision import AccelPrecision
 from lightning_accel.plugins.precision import engine_optimizer, require_known_scaler
 from lightning_accel.strategies.checkpoints import Checkpoints, StateDictType
+from lightning_accel.strategies.deepspeed_file import DeepSpeedFile, FromFile
 from lightning_accel.strategies.engine_module import EngineModule, EngineSyncControl
 from lightning_accel.strategies.fabric_saving import SavingFabricStrategy
 from lightning_accel.strategies.fsdp import SHARDINGS, row_of_sharding
@@ -174,11 +175,18 @@ class AccelFabricStrategy(SavingFabricStrategy):
 
     @precision.setter
     def precision(self, precision: Precision | None) -> None:
-        if isinstance(precision, AccelPrecision):
-            precision = precision.in_fabric()
-        self._precision = precision and self._options.adopt(
-            precision, self.row, self._given_scaler, self.accelerator, self._start_method
-        )
+        if precision is not None:
+            precision = self._choose_precision(precision)
+            if isinstance(precision, AccelPrecision):
+                precision = precision.in_fabric()
+            precision = self._options.adopt(
+                precision, self.row, self._given_scaler, self.accelerator, self._start_method
+            )
+        self._precision = precision
+
+    def _choose_precision(self, precision: Precision) -> Precision:
+        """The plugin to use instead of Fabric's, or that one itself."""
+        return precision
 
     @property
     def grad_scaler(self) -> GradScaler | None:
@@ -357,14 +365,40 @@ class AccelZeROStrategy(AccelFabricStrategy):
     """ZeRO stages 1, 2 and 3; see :class:`lightning_accel.strategies.AccelZeROStrategy`.
 
     Args:
-        stage: 1, 2 or 3.
+        stage: 1, 2 or 3. Default: 2, or what ``config`` says.
+        config: A DeepSpeed JSON file, or a dict of what would be in it: stage, offload, precision and loss scale. What
+            is the loop's own business (accumulation, clipping, the optimizer) is left to it, with a warning.
         kwargs: See :class:`AccelFabricStrategy`.
 
     """
 
-    def __init__(self, stage: int = 2, **kwargs: Any) -> None:
-        super().__init__(row_of_stage(stage), **kwargs)
-        self.stage = stage
+    def __init__(self, stage: int | None = None, config: DeepSpeedFile | None = None, **kwargs: Any) -> None:
+        self._file = None if config is None else FromFile(config, stage, kwargs)
+        self._was_told = False
+        if self._file is None:
+            self.stage = 2 if stage is None else stage
+            super().__init__(row_of_stage(self.stage), **kwargs)
+        else:
+            self.stage = self._file.stage
+            super().__init__(self._file.row, **self._file.arguments)
+            self._options = self._file.lay_out(self._options, None)
+
+    @override
+    def _choose_precision(self, precision: Precision) -> Precision:
+        if self._file is None:
+            return precision
+        chosen, self._given_scaler = self._file.precision(precision)
+        return chosen
+
+    @override
+    def setup_module(self, module: nn.Module) -> EngineModule:  # type: ignore[override]
+        """Start an engine for a module. All ranks take part."""
+        if self._file is not None:
+            self._options = self._file.lay_out(self._options, module)
+            if not self._was_told:
+                self._file.leave_to_loop("the loop,", self.world_size)
+                self._was_told = True
+        return super().setup_module(module)
 
     @classmethod
     @override

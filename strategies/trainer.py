@@ -204,9 +204,16 @@ class AccelStrategy(SavingStrategy):
 
     @precision_plugin.setter
     def precision_plugin(self, precision_plugin: Precision | None) -> None:
-        self._precision_plugin = precision_plugin and self._options.adopt(
-            precision_plugin, self.row, self._given_scaler, self.accelerator, self._start_method
-        )
+        if precision_plugin is not None:
+            chosen = self._choose_precision(precision_plugin)
+            precision_plugin = self._options.adopt(
+                chosen, self.row, self._given_scaler, self.accelerator, self._start_method
+            )
+        self._precision_plugin = precision_plugin
+
+    def _choose_precision(self, plugin: Precision) -> Precision:
+        """The plugin to use instead of the Trainer's, or that one itself."""
+        return plugin
 
     @property
     def grad_scaler(self) -> GradScaler | None:

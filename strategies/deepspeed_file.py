@@ -1,0 +1,363 @@
+"""What a DeepSpeed file says, on its way into a strategy, a Trainer and a module.
+
+[Note: who wins]
+The file says what no argument says. Where both speak they must agree: the strategy's arguments (but for
+``bucket_cap_mb``, which is the more precise one and wins), the Trainer's ``precision``, ``accumulate_grad_batches`` and
+``gradient_clip_val``. The Trainer's defaults count as silence. An optimizer or a schedule of ``configure_optimizers``
+wins over the file's, as a client's does in DeepSpeed, and a warning says so.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import replace
+from pathlib import Path
+from typing import Any, TypeAlias, TypeVar
+
+import lightning.pytorch as pl
+from lightning.fabric.plugins.precision import Precision as FabricPrecision
+from lightning.pytorch.plugins.precision import Precision
+from lightning.pytorch.utilities.rank_zero import rank_zero_info, rank_zero_warn
+from torch import nn
+from torch.optim import Optimizer
+from torch.utils._pytree import tree_leaves
+
+from lightning_accel.core import GradScaler
+from lightning_accel.core.placement import Row, find_row
+from lightning_accel.deepspeed_config import (
+    Batches,
+    Computing,
+    DeepSpeedConfig,
+    Known,
+    Meaning,
+    bucket_cap_mb,
+    fill,
+    grad_scaler,
+    says_fp32,
+)
+from lightning_accel.deepspeed_config.keys import KEYS
+from lightning_accel.plugins.accel_precision import AccelPrecision
+from lightning_accel.strategies.options import EngineOptions
+
+DeepSpeedFile: TypeAlias = str | Path | Mapping[str, Any]
+"""A path to a DeepSpeed JSON file, or what would be in it."""
+
+_COMPUTES_IN = {"16": "fp16", "bf16": "bf16", "32": "fp32", "64": "fp64"}
+_PARTS = ("fp16.", "bf16.", "bfloat16.", "torch_autocast.")
+_BUCKETS = tuple(name for name in KEYS if name.endswith("_bucket_size"))
+_LOOPS_OWN = (
+    *("train_batch_size", "train_micro_batch_size_per_gpu", "gradient_accumulation_steps", "gradient_clipping"),
+    *("optimizer.type", "scheduler.type"),
+)
+_REPORTS = "bytes at rest and the last step's messages"
+Plugin = TypeVar("Plugin", bound=FabricPrecision)
+
+
+class FromFile:
+    """A DeepSpeed file in the hands of a strategy.
+
+    Args:
+        source: The file.
+        stage: What the strategy was given; None if nothing.
+        arguments: The strategy's other arguments.
+
+    Raises:
+        FileNotFoundError: If there is no such file.
+        ValueError: If it cannot be read, or contradicts an argument.
+
+    """
+
+    def __init__(self, source: DeepSpeedFile, stage: int | None, arguments: Mapping[str, Any]) -> None:
+        self._read = self._begun = DeepSpeedConfig.read(source)
+        self.config = self._read
+        """What it says; in each stage anew, values take the place of ``"auto"`` as they become known."""
+        self._meaning = Meaning.of(self.config)
+        self.stage: int = self.config["zero_optimization.stage"]
+        """The ZeRO stage."""
+        if stage is not None and stage != self.stage:
+            raise ValueError(
+                f"Expected one ZeRO stage, got stage={stage} and zero_optimization.stage {self.stage} in"
+                f" {self.config.where}. Leave stage out."
+            )
+        self._given = dict(arguments)
+        self._sets_buckets = "bucket_cap_mb" not in arguments
+        message = self.config.describe_left_out()
+        if message is not None:
+            rank_zero_warn(message)
+
+    def _conflict(self, name: str, ours: object, theirs: str) -> ValueError:
+        return ValueError(
+            f"Expected {name} to be said once, got {ours!r} and {theirs} in {self.config.where}. Leave one of them out."
+        )
+
+    # ------------------------------------------------------------------------------------------------- strategies
+
+    @property
+    def row(self) -> Row:
+        """The placement row."""
+        return find_row(self._meaning.row)
+
+    @property
+    def arguments(self) -> dict[str, Any]:
+        """The strategy's arguments, with those that the file says.
+
+        Raises:
+            ValueError: If an argument contradicts the file.
+
+        """
+        meaning, found = self._meaning, dict(self._given)
+        says = {
+            "offload": meaning.offload,
+            "offload_dir": meaning.offload_dir,
+            "reduce_dtype": meaning.reduce_dtype,
+            "activation_checkpointing": meaning.activation_checkpointing or None,
+        }
+        for name, value in says.items():
+            if value is None:
+                continue
+            if found.get(name, value) != value and not (name == "activation_checkpointing" and found[name]):
+                raise self._conflict(name, found[name], repr(value))
+            found.setdefault(name, value)
+        return found
+
+    def lay_out(self, options: EngineOptions, module: nn.Module | None) -> EngineOptions:
+        """How the engine lays a model out.
+
+        Args:
+            options: What the strategy has by its arguments.
+            module: The model, whose width bucket sizes may be left to, at the beginning of a stage; None if there is
+                none yet.
+
+        Raises:
+            ValueError: If a bucket size is ``"auto"`` and the model does not say how wide it is.
+
+        """
+        if module is not None:
+            self.config = self._begun
+        if module is not None and self._sets_buckets:
+            self.config = fill(self.config, Known(ranks=1, hidden_size=_hidden_size(module)), _BUCKETS)
+        joined = bucket_cap_mb(self.config) if self._sets_buckets else options.bucket_cap_mb
+        return replace(options, shard_size=self._meaning.shard_size, bucket_cap_mb=joined)
+
+    def precision(self, plugin: Plugin) -> tuple[Plugin | AccelPrecision, GradScaler | None]:
+        """The precision plugin to use, and the scaler to give it; None if it has what it needs.
+
+        Raises:
+            ValueError: If the Trainer's or Fabric's precision contradicts the file.
+
+        """
+        name = str(plugin.precision)
+        asked = _COMPUTES_IN.get(name.partition("-")[0], name)
+        self.config = self._begun = fill(self._read, Known(ranks=1, precision=asked), _PARTS)
+        given: GradScaler | None = self._given.get("grad_scaler")
+        computing = Computing.of(self.config)
+        if computing is None:
+            if says_fp32(self.config) and asked in ("fp16", "bf16"):
+                raise self._conflict("precision", name, "fp16 and bf16 that are off")
+            return plugin, given
+        is_default = type(plugin) in (Precision, FabricPrecision)
+        if not is_default and (asked != computing.name or not name.endswith("-mixed")):
+            raise self._conflict("precision", name, f"{computing.name} with fp32 master values")
+        if given is not None and computing.name == "fp16":
+            raise self._conflict("the loss scale", "grad_scaler", "fp16")
+        scaler = given or grad_scaler(self.config, computing.name)
+        if is_default:
+            return AccelPrecision(compute=computing.dtype, autocast=computing.autocast), scaler
+        return plugin, scaler
+
+    # ---------------------------------------------------------------------------------------------------- Trainer
+
+    def steer(self, trainer: pl.Trainer, ranks: int) -> None:
+        """Have a Trainer accumulate and clip as the file says.
+
+        Args:
+            trainer: The Trainer, about to fit.
+            ranks: How many processes train.
+
+        Raises:
+            ValueError: If its own arguments contradict the file, or batch sizes do not add up.
+
+        """
+        if not trainer.lightning_module.automatic_optimization:
+            self.leave_to_loop("training_step, which optimizes by hand,")
+            return
+        known = Known(
+            ranks=ranks, accumulation=trainer.accumulate_grad_batches, clipping=trainer.gradient_clip_val or 0.0
+        )
+        self.config = fill(self.config, known, ("gradient_accumulation_steps", "gradient_clipping"))
+        self._accumulate(trainer, ranks)
+        self._clip(trainer)
+
+    def _accumulate(self, trainer: pl.Trainer, ranks: int) -> None:
+        config, ours = self.config, trainer.accumulate_grad_batches
+        train, micro = config.given("train_batch_size"), config.given("train_micro_batch_size_per_gpu")
+        asked = config.given("gradient_accumulation_steps")
+        if asked is None and (train is None or micro is None) and ours != 1:
+            asked = ours
+        if train is not None or micro is not None:
+            asked = Batches.of(ranks, train, micro, asked, config.where).accumulation
+        if asked is None:
+            return
+        if ours not in (1, asked):
+            raise self._conflict("accumulation", f"accumulate_grad_batches={ours}", f"{asked} batches for each step")
+        trainer.accumulate_grad_batches = asked
+
+    def _clip(self, trainer: pl.Trainer) -> None:
+        limit, ours = self.config.given("gradient_clipping"), trainer.gradient_clip_val
+        if limit is None:
+            if ours is not None:
+                return
+            limit = self.config["gradient_clipping"]
+            rank_zero_info(
+                f"{self.config.where}: gradients are clipped to a norm of {limit}, as DeepSpeed does where"
+                " gradient_clipping is not given. Write 0 into the file, or say Trainer(gradient_clip_val=0), for none."
+            )
+        if ours is not None and ours != limit:
+            raise self._conflict("clipping", f"gradient_clip_val={ours}", f"gradient_clipping {limit}")
+        if limit and trainer.gradient_clip_algorithm == "value":
+            raise self._conflict("clipping", "gradient_clip_algorithm='value'", f"gradient_clipping {limit} by norm")
+        trainer.gradient_clip_val = limit
+
+    def leave_to_loop(self, whose: str, ranks: int | None = None) -> None:
+        """Say which keys are the business of a loop of the user's own; check what can be checked of them.
+
+        Args:
+            whose: The loop, for the message.
+            ranks: How many processes train, if batch sizes are to be checked.
+
+        Raises:
+            ValueError: If batch sizes do not add up.
+
+        """
+        config = self.config
+        train, micro, accumulation = (config.given(name) for name in _LOOPS_OWN[:3])
+        if ranks is not None and None not in (train, micro, accumulation):
+            Batches.of(ranks, train, micro, accumulation, config.where)
+        if self.shows_report and ranks is not None:
+            rank_zero_info(f"{config.where}: call lightning_accel.engine_of(model).report() for {_REPORTS}.")
+        found = [name for name in _LOOPS_OWN if name in config]
+        if found:
+            rank_zero_warn(
+                f"{config.where}: {', '.join(found)} {'is' if len(found) == 1 else 'are'} left to {whose} for which"
+                " lightning_accel.deepspeed_config.making has make_optimizer and make_scheduler."
+            )
+
+    @property
+    def shows_report(self) -> bool:
+        """Whether bytes and messages are to be shown at the end of a fit."""
+        return self.config["comms_logger.enabled"] is True or self.config["memory_breakdown"] is True
+
+    def require_batches(self, trainer: pl.Trainer, ranks: int) -> None:
+        """Raise if the DataLoader's batches are not those of the file.
+
+        Raises:
+            ValueError: It shows the sum.
+
+        """
+        loaders = [leaf for leaf in tree_leaves(trainer.train_dataloader) if hasattr(leaf, "batch_sampler")]
+        found = {getattr(leaf.batch_sampler, "batch_size", None) or leaf.batch_size for leaf in loaders}
+        if len(found) != 1 or None in found or not trainer.lightning_module.automatic_optimization:
+            return  # there is nothing to hold the file's sizes against
+        (size,) = found
+        known = Known(ranks=ranks, micro_batch=size, accumulation=trainer.accumulate_grad_batches)
+        self.config = fill(self.config, known, ("train_batch_size", "train_micro_batch_size_per_gpu"))
+        train = self.config.given("train_batch_size")
+        micro = self.config.given("train_micro_batch_size_per_gpu")
+        if train is None and micro is None:
+            return
+        sizes = Batches.of(ranks, train, micro, trainer.accumulate_grad_batches, self.config.where)
+        if sizes.micro != size:
+            raise ValueError(
+                f"Expected batches of {sizes.micro} samples, as {self.config.where} says ({sizes.train} ="
+                f" {sizes.micro} × {sizes.accumulation} × {ranks}), got a DataLoader with batch_size={size}"
+                f" ({size} × {sizes.accumulation} × {ranks} = {size * sizes.accumulation * ranks})."
+            )
+
+    @contextmanager
+    def configuring(self, module: pl.LightningModule) -> Iterator[None]:
+        """Within it, ``configure_optimizers`` of a module returns the file's where its own are missing."""
+        own = module.configure_optimizers
+        was_replaced = "configure_optimizers" in vars(module)  # by somebody else
+        module.__dict__["configure_optimizers"] = lambda: self._completed(own(), module)
+        try:
+            yield
+        finally:
+            del module.__dict__["configure_optimizers"]
+            if was_replaced:
+                module.__dict__["configure_optimizers"] = own
+
+    def _completed(self, returned: Any, module: pl.LightningModule) -> Any:
+        from lightning_accel.deepspeed_config.making import make_optimizer, make_scheduler
+
+        known = self._known_of(module)
+        if returned is not None and "optimizer.type" in self.config:
+            rank_zero_warn(
+                f"configure_optimizers returned an optimizer, and {self.config.where} has another"
+                f" ({self.config['optimizer.type']}): the former is used. Return None for the file's."
+            )
+        if returned is None:
+            self.config = fill(self.config, known, "optimizer.")
+            returned = make_optimizer(self.config, module.named_parameters())
+        if returned is None or "scheduler.type" not in self.config:
+            return returned
+        optimizer = _alone(returned)
+        if optimizer is None:
+            rank_zero_warn(
+                f"configure_optimizers returned schedules or several optimizers, and {self.config.where} has a"
+                f" scheduler ({self.config['scheduler.type']}): the former are used. Return one optimizer alone for"
+                " the file's."
+            )
+            return returned
+        lr = optimizer.param_groups[0].get("lr")
+        self.config = fill(self.config, replace(known, lr=None if lr is None else float(lr)), "scheduler.")
+        schedule = make_scheduler(self.config, optimizer)
+        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
+
+    def _known_of(self, module: pl.LightningModule) -> Known:
+        total: float | None = None
+        if "scheduler.params.total_num_steps" in self.config.automatic:
+            total = module.trainer.estimated_stepping_batches
+        return Known(
+            ranks=module.trainer.world_size,
+            lr=_said(module, "lr", "learning_rate"),
+            weight_decay=_said(module, "weight_decay"),
+            betas=_said(module, "betas"),
+            eps=_said(module, "eps"),
+            momentum=_said(module, "momentum"),
+            warmup_steps=_said(module, "warmup_steps", "warmup_num_steps", "num_warmup_steps"),
+            total_steps=int(total) if total is not None and math.isfinite(total) else None,
+        )
+
+
+def _said(module: pl.LightningModule, *names: str) -> Any:
+    """What a module or its hparams have under one of some names."""
+    for place in (module, module.hparams):
+        for name in names:
+            value = place.get(name) if isinstance(place, Mapping) else getattr(place, name, None)
+            if value is not None:
+                return value
+    return None
+
+
+def _alone(returned: Any) -> Optimizer | None:
+    """The optimizer, if ``configure_optimizers`` returned one and no schedule."""
+    if isinstance(returned, Mapping) and not returned.get("lr_scheduler"):
+        returned = returned.get("optimizer")
+    if isinstance(returned, (list, tuple)) and len(returned) == 1:
+        returned = returned[0]
+    return returned if isinstance(returned, Optimizer) else None
+
+
+def _hidden_size(module: nn.Module) -> int | None:
+    """How wide a model is, by its config, or that of a model within it (of Transformers, say)."""
+    for part in module.modules():
+        config = getattr(part, "config", None)
+        for place in (config, getattr(config, "text_config", None)):
+            size = getattr(place, "hidden_size", None) or getattr(place, "hidden_sizes", None)
+            if isinstance(size, (list, tuple)) and size:
+                size = max(size)
+            if isinstance(size, int):
+                return size
+    return None

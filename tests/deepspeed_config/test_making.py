@@ -1,0 +1,99 @@
+"""The optimizers that DeepSpeed's configurations name."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+
+from lightning_accel.deepspeed_config import DeepSpeedConfig
+from lightning_accel.deepspeed_config.making import make_optimizer, make_scheduler
+
+
+def make(kind: str, module: nn.Module | None = None, **params: Any) -> torch.optim.Optimizer:
+    config = DeepSpeedConfig.read({"optimizer": {"type": kind, "params": params}})
+    optimizer = make_optimizer(config, (module or nn.Linear(2, 3)).named_parameters())
+    assert optimizer is not None
+    return optimizer
+
+
+@pytest.mark.parametrize(
+    ("kind", "params", "made", "group"),
+    [
+        ("Adam", {}, torch.optim.AdamW, {"lr": 1e-3, "betas": (0.9, 0.999), "eps": 1e-8, "weight_decay": 0.0}),
+        ("adam", {"lr": 0.1, "weight_decay": 0.2}, torch.optim.AdamW, {"lr": 0.1, "weight_decay": 0.2}),
+        ("Adam", {"adam_w_mode": False, "weight_decay": 0.2}, torch.optim.Adam, {"weight_decay": 0.2}),
+        ("AdamW", {"adam_w_mode": False}, torch.optim.AdamW, {"weight_decay": 0.0}),
+        ("AdamW", {"torch_adam": True}, torch.optim.AdamW, {"weight_decay": 0.01}),
+        ("AdamW", {"torch_adam": True, "weight_decay": 0.3}, torch.optim.AdamW, {"weight_decay": 0.3}),
+        ("AdamW", {"betas": [0.5, 0.6]}, torch.optim.AdamW, {"betas": (0.5, 0.6)}),
+        ("Adagrad", {"lr": 0.2}, torch.optim.Adagrad, {"lr": 0.2, "eps": 1e-10}),
+        ("SGD", {"lr": 0.2, "momentum": 0.9}, torch.optim.SGD, {"lr": 0.2, "momentum": 0.9, "nesterov": False}),
+        ("RMSprop", {"lr": 0.2, "alpha": 0.5}, torch.optim.RMSprop, {"lr": 0.2, "alpha": 0.5}),
+    ],
+)
+def test_optimizers(kind: str, params: dict[str, Any], made: type, group: dict[str, Any]) -> None:
+    optimizer = make(kind, **params)
+    assert type(optimizer) is made
+    (found,) = optimizer.param_groups
+    assert {name: found[name] for name in group} == group
+    assert len(found["params"]) == 2
+
+
+def test_muon_takes_matrices() -> None:
+    optimizer = make("Muon", nn.Linear(2, 3, bias=False), lr=0.1, muon_lr=0.2, momentum=0.5)
+    (group,) = optimizer.param_groups
+    assert (group["lr"], group["momentum"], group["weight_decay"]) == (0.2, 0.5, 0.0)
+    with pytest.raises(ValueError, match="got 1 other parameters, such as 'bias'"):
+        make("Muon", nn.Linear(2, 3))
+
+
+def test_what_is_not_trained_is_passed_over() -> None:
+    module = nn.Linear(2, 3)
+    module.bias.requires_grad = False
+    assert len(make("Adam", module).param_groups[0]["params"]) == 1
+    module.weight.requires_grad = False
+    with pytest.raises(ValueError, match="got none"):
+        make("Adam", module)
+
+
+def test_nothing_in_the_file() -> None:
+    config = DeepSpeedConfig.read({})
+    assert make_optimizer(config, nn.Linear(1, 1).named_parameters()) is None
+    assert make_scheduler(config, torch.optim.SGD(nn.Linear(1, 1).parameters())) is None
+
+
+def test_a_schedule_lacks_a_value() -> None:
+    config = DeepSpeedConfig.read({"scheduler": {"type": "WarmupDecayLR", "params": {"warmup_num_steps": 3}}})
+    with pytest.raises(ValueError, match="scheduler.params.total_num_steps in config for WarmupDecayLR"):
+        make_scheduler(config, torch.optim.SGD(nn.Linear(1, 1).parameters()))
+
+
+@pytest.mark.parametrize(("kind", "params"), [("Lamb", {"max_coeff": 5.0}), ("lion", {"betas": [0.9, 0.99]})])
+def test_optimizers_that_torch_does_not_have(kind: str, params: dict[str, Any]) -> None:
+    pytest.importorskip("lightning_accel.optimizers")
+    optimizer = make(kind, **params)
+    assert type(optimizer).__name__ == kind.capitalize()
+    (group,) = optimizer.param_groups
+    assert (group["lr"], group["weight_decay"]) == (1e-3, 0.0)
+    for name, value in params.items():
+        assert group[name] == (tuple(value) if isinstance(value, list) else value)
+
+
+@pytest.mark.parametrize(
+    ("kind", "params"),
+    [
+        ("LRRangeTest", {"lr_range_test_min_lr": 1e-4}),
+        ("OneCycle", {"cycle_min_lr": 1e-4, "cycle_max_lr": 1e-2, "cycle_momentum": False}),
+        ("WarmupLR", {"warmup_max_lr": 0.1}),
+        ("WarmupDecayLR", {"total_num_steps": 10, "warmup_num_steps": 2, "warmup_type": "linear"}),
+        ("warmupcosinelr", {"total_num_steps": 10, "warmup_num_steps": 2}),
+    ],
+)
+def test_schedules(kind: str, params: dict[str, Any]) -> None:
+    pytest.importorskip("lightning_accel.schedules")
+    config = DeepSpeedConfig.read({"scheduler": {"type": kind, "params": params}})
+    schedule = make_scheduler(config, torch.optim.SGD(nn.Linear(1, 1).parameters(), lr=0.1))
+    assert type(schedule).__name__.lower() == kind.lower()
