@@ -20,7 +20,7 @@ pytestmark = pytest.mark.xla
 
 DEVICES, SAMPLES, STEPS = 4, 16, 20
 DISTINCT = ["ddp", "zero1", "zero2", "fsdp", "fsdp_hybrid"]
-"""``zero3`` and ``fsdp_partial`` are ``fsdp`` here: what is kept from forward to backward is for the compiler to say."""
+"""``zero3`` and ``fsdp_partial`` are ``fsdp`` here: what is kept until backward is for the compiler to say."""
 Batch = tuple[Tensor, Tensor]
 
 
