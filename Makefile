@@ -2,20 +2,22 @@
 
 PYTHON ?= python3
 VENV ?= .venv
+VENV_XLA ?= .venv-xla
 # What `make demo` and `make bench` run: arguments for python, from the top of the repository.
 DEMO ?= examples/train_lm.py --strategy accel_zero2 --devices 2
 BENCH ?= -m benchmarks --quick
 
 BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
+INSTALLED_XLA := $(VENV_XLA)/.installed
 # mypy knows nothing of package-dir: this link gives it strategies/ under the name it is imported by.
 MYPY_LINK := .mypy_path/lightning_accel/strategies
 
 .DEFAULT_GOAL := help
-.PHONY: help venv demo test matrix lint bench clean
+.PHONY: help venv demo test test-xla matrix lint bench clean
 
 help: ## list these targets
-	@awk -F ':.*## ' '/^[a-z]+:.*## / {printf "make %-8s %s\n", $$1, $$2}' $(firstword $(MAKEFILE_LIST))
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "make %-8s %s\n", $$1, $$2}' $(firstword $(MAKEFILE_LIST))
 
 venv: $(INSTALLED) ## create the environment (.venv): pinned requirements and this project
 
@@ -34,6 +36,16 @@ test: $(INSTALLED) ## run the tests, without the slow matrices
 
 matrix: $(INSTALLED) ## run the slow matrices of settings
 	$(BIN)/python -m pytest -m matrix --durations=25
+
+test-xla: $(INSTALLED_XLA) ## run the XLA tests on four virtual CPU devices, in an environment of their own (7 GB)
+	PJRT_DEVICE=CPU CPU_NUM_DEVICES=4 $(VENV_XLA)/bin/python -m pytest -m xla tests/core/xla
+
+$(INSTALLED_XLA): requirements-xla.txt pyproject.toml
+	@echo "Installing requirements-xla.txt into $(VENV_XLA): 7 GB, as torch 2.9 comes with CUDA; some minutes."
+	$(PYTHON) -m venv $(VENV_XLA)
+	$(VENV_XLA)/bin/python -m pip install --quiet --requirement requirements-xla.txt
+	$(VENV_XLA)/bin/python -m pip install --quiet --no-deps --no-build-isolation --editable .
+	@touch $@
 
 lint: $(INSTALLED) $(MYPY_LINK) ## ruff check, ruff format --check and mypy
 	$(BIN)/ruff check

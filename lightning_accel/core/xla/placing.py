@@ -1,0 +1,84 @@
+"""The devices in two dimensions, and tensors on them."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils._pytree import tree_map_only
+
+from lightning_accel.core.xla.runtime import start
+from lightning_accel.core.xla.shardings import REPLICATE, SHARD, Spec, batched
+
+
+class Placing:
+    """Puts tensors on all devices, whole or in parts.
+
+    Args:
+        shard_size: How many neighbouring devices divide a copy of the model state; all by default.
+
+    Raises:
+        ValueError: If the number of devices is no multiple of it.
+        RuntimeError: If XLA cannot start any more.
+
+    """
+
+    def __init__(self, shard_size: int | None = None) -> None:
+        import numpy
+        from torch_xla.distributed import spmd
+
+        self.devices = start()
+        """Of all hosts."""
+        self.shard_size = self.devices if shard_size is None else shard_size
+        if self.shard_size < 1 or self.devices % self.shard_size:
+            raise ValueError(
+                f"Expected shard_size to divide the number of XLA devices, {self.devices}, got {shard_size}."
+            )
+        self.copies = self.devices // self.shard_size
+        self.device = torch.device("xla", 0)
+        """All of them, as torch sees it."""
+        self._spmd = spmd
+        self._mesh = spmd.Mesh(numpy.arange(self.devices), (self.copies, self.shard_size), (REPLICATE, SHARD))
+
+    def put(self, tensor: Tensor, spec: Spec) -> Tensor:
+        """A copy of a tensor in host memory, on the devices; each is sent its part only."""
+        placed = tensor.detach().to(self.device)  # which waits, under SPMD, for what is said next
+        self._spmd.mark_sharding(placed, self._mesh, spec)
+        return placed
+
+    def annotate(self, tensor: Tensor, spec: Spec) -> Tensor:
+        """Say how a value is divided that is to be computed, whatever has been said of it before."""
+        import torch_xla
+
+        torch_xla._XLAC._xla_annotate_custom_sharding(tensor, self._mesh.get_op_sharding(spec))
+        return tensor
+
+    def put_batch(self, batch: Any) -> Any:
+        """A batch on the devices, every tensor of it cut along its first dimension; scalars whole.
+
+        Args:
+            batch: Tensors in any nesting. Those that are on an XLA device stay as they are.
+
+        Raises:
+            ValueError: If a first dimension is no multiple of the number of devices.
+
+        """
+        return tree_map_only(Tensor, self._put_samples, batch)
+
+    def _put_samples(self, tensor: Tensor) -> Tensor:
+        if tensor.device.type == "xla":
+            return tensor
+        if tensor.dim() and tensor.shape[0] % self.devices:
+            raise ValueError(
+                f"Expected a batch whose first dimension is a multiple of the {self.devices} XLA devices, got a tensor"
+                f" of shape {tuple(tensor.shape)}. Change the batch size, or set drop_last=True for a short last batch."
+            )
+        return self.put(tensor, batched(tensor.shape))
+
+    def bytes_on_one(self, tensor: Tensor) -> int:
+        """Bytes that the first device of this host keeps of a tensor, padding included. What is pending is computed."""
+        import torch_xla
+
+        ((part, _), *_) = torch_xla._XLAC._get_local_shards([tensor])[0]
+        return int(part.numel() * part.element_size())
