@@ -77,8 +77,10 @@ class Placing:
         return self.put(tensor, batched(tensor.shape))
 
     def bytes_on_one(self, tensor: Tensor) -> int:
-        """Bytes that the first device of this host keeps of a tensor, padding included. What is pending is computed."""
+        """Bytes that the first device of this host keeps of a tensor, padding included. It waits for what is computed."""
         import torch_xla
+        from torch_xla.core import xla_model
 
+        xla_model.wait_device_ops()
         ((part, _), *_) = torch_xla._XLAC._get_local_shards([tensor])[0]
         return int(part.numel() * part.element_size())

@@ -49,7 +49,7 @@ def test_spmd_that_the_user_switched_on_is_taken() -> None:
 
 @pytest.mark.xla
 def test_a_runtime_without_spmd_is_refused() -> None:
-    ended = started("import torch_xla; torch.ones(1, device='xla') + 1")
+    ended = started("import torch_xla; (torch.ones(1, device='xla') + 1).item()")
     assert ended.returncode == 1
     assert "RuntimeError: Expected XLA to be started by lightning_accel, but its runtime runs already" in ended.stderr
 
