@@ -77,7 +77,7 @@ class Placing:
         return self.put(tensor, batched(tensor.shape))
 
     def bytes_on_one(self, tensor: Tensor) -> int:
-        """Bytes that the first device of this host keeps of a tensor, padding included. It waits for what is computed."""
+        """Bytes that the first device of this host keeps of a tensor, padding included; after what is pending."""
         import torch_xla
         from torch_xla.core import xla_model
 
