@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import os
 import subprocess
 import sys
 from importlib.util import find_spec
@@ -13,7 +14,9 @@ from lightning_accel.core.xla.runtime import require_torch_xla
 def started(code: str) -> subprocess.CompletedProcess[str]:
     """A process of its own, in which ``start`` comes after what is given."""
     script = f"import torch\n{code}\nfrom lightning_accel.core.xla import start\nprint(start(), start())"
-    return subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, timeout=200)
+    # Where SPMD is on, torch_xla has it be on in processes that are started from there as well.
+    env = {name: value for name, value in os.environ.items() if name != "XLA_USE_SPMD"}
+    return subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, timeout=200, env=env)
 
 
 @pytest.mark.skipif(find_spec("torch_xla") is not None, reason="torch_xla is installed")
