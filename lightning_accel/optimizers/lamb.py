@@ -3,21 +3,21 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
-from typing import Any, overload
+from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
-from torch.optim import Optimizer
 from torch.optim.optimizer import ParamsT
 from typing_extensions import override
 
 from lightning_accel.core import register_by_tensor
 from lightning_accel.core.clipping import norms_of
-from lightning_accel.optimizers.batches import batches, gradients_of, require_common, require_number
+from lightning_accel.optimizers.batched import BatchedOptimizer
+from lightning_accel.optimizers.batches import gradients_of, require_common, require_number
 
 
-class Lamb(Optimizer):
+class Lamb(BatchedOptimizer):
     r"""LAMB, for large batches, with the parameter names, defaults and formulas of DeepSpeed's.
 
     With the gradient :math:`g`, moments :math:`m` and :math:`v` that start at zero, and the values :math:`x` of one
@@ -111,37 +111,8 @@ class Lamb(Optimizer):
             )
         super().add_param_group(param_group)
 
-    @overload
-    def step(self, closure: None = None) -> None: ...
-
-    @overload
-    def step(self, closure: Callable[[], float]) -> float: ...
-
-    @torch.no_grad()
     @override
-    def step(self, closure: Callable[[], float] | None = None) -> float | None:
-        """One step.
-
-        Args:
-            closure: Computes gradients again and returns the loss.
-
-        Returns:
-            What ``closure`` has returned.
-
-        Raises:
-            ValueError: If a parameter is complex, or a gradient sparse.
-
-        """
-        loss = None
-        if closure is not None:
-            with torch.enable_grad():
-                loss = closure()
-        for group in self.param_groups:
-            for batch in batches(group["params"], self._count):
-                self._update(batch, group)
-        return loss
-
-    def _count(self, parameter: Tensor) -> float:
+    def _kind(self, parameter: Tensor) -> float:
         """How many steps a parameter has had."""
         state = self.state[parameter]
         if not state:
@@ -150,9 +121,10 @@ class Lamb(Optimizer):
             state["exp_avg_sq"] = torch.zeros_like(parameter, memory_format=torch.preserve_format)
         return float(state["step"])
 
+    @override
     def _update(self, parameters: list[Tensor], group: dict[str, Any]) -> None:
         """Update parameters that have had equally many steps."""
-        count = self._count(parameters[0]) + 1
+        count = self._kind(parameters[0]) + 1
         states = [self.state[parameter] for parameter in parameters]
         for state in states:
             state["step"] += 1

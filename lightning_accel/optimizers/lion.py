@@ -2,20 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import Any, overload
+from typing import Any
 
 import torch
 from torch import Tensor
-from torch.optim import Optimizer
 from torch.optim.optimizer import ParamsT
 from typing_extensions import override
 
 from lightning_accel.core import register_elementwise
-from lightning_accel.optimizers.batches import batches, gradients_of, require_common
+from lightning_accel.optimizers.batched import BatchedOptimizer
+from lightning_accel.optimizers.batches import gradients_of, require_common
 
 
-class Lion(Optimizer):
+class Lion(BatchedOptimizer):
     r"""Lion, with the parameter names and defaults of DeepSpeed's.
 
     With the gradient :math:`g` and a momentum :math:`m` that starts at zero, a step is
@@ -64,36 +63,7 @@ class Lion(Optimizer):
         require_common({**self.defaults, **param_group})
         super().add_param_group(param_group)
 
-    @overload
-    def step(self, closure: None = None) -> None: ...
-
-    @overload
-    def step(self, closure: Callable[[], float]) -> float: ...
-
-    @torch.no_grad()
     @override
-    def step(self, closure: Callable[[], float] | None = None) -> float | None:
-        """One step.
-
-        Args:
-            closure: Computes gradients again and returns the loss.
-
-        Returns:
-            What ``closure`` has returned.
-
-        Raises:
-            ValueError: If a parameter is complex, or a gradient sparse.
-
-        """
-        loss = None
-        if closure is not None:
-            with torch.enable_grad():
-                loss = closure()
-        for group in self.param_groups:
-            for batch in batches(group["params"], lambda _: None):
-                self._update(batch, group)
-        return loss
-
     def _update(self, parameters: list[Tensor], group: dict[str, Any]) -> None:
         exp_avgs = []
         for parameter in parameters:
