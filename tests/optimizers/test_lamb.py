@@ -186,7 +186,7 @@ def test_tensors_by_one_call_and_one_by_one(monkeypatch: pytest.MonkeyPatch) -> 
         update(self, parameters, group)
 
     monkeypatch.setattr(Lamb, "_update", noted)
-    monkeypatch.setattr("lightning_accel.optimizers.lamb.batches", by_count)
+    monkeypatch.setattr("lightning_accel.optimizers.batched.batches", by_count)
     monkeypatch.setattr("lightning_accel.optimizers.lamb._norms", lambda tensors: torch.stack(by_foreach(tensors)))
     torch.testing.assert_close(many("cpu"), one_by_one, rtol=1e-12, atol=0)
     assert calls == [2, 2, 1, 2, 1, 2, 1]
