@@ -34,6 +34,7 @@ import signal
 import sys
 import time
 import traceback
+import warnings
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from multiprocessing.connection import Connection, wait
@@ -351,7 +352,8 @@ def _perform(job: bytes) -> tuple[bytes, bool]:
         sys.path[:], port, call = pickle.loads(job)
         function, args, kwargs = pickle.loads(call)
         _join_group(port)
-        return _dumps(_Result(function(*args, **kwargs))), False
+        with warnings.catch_warnings():  # what a job filters is its own affair
+            return _dumps(_Result(function(*args, **kwargs))), False
     except BaseException as error:  # SystemExit and pytest.skip are outcomes, too
         report = "".join(traceback.format_exception(error)).rstrip()
         return _dumps(_Failure(type(error).__name__, str(error), report, time.monotonic())), True

@@ -86,6 +86,7 @@ def leave_a_mess() -> None:
     os.environ["LEFT_BEHIND"] = "1"
     os.environ["RANK"] = "7"
     os.chdir("/")
+    warnings.simplefilter("error")
     dist.new_group([0])
     random.random()
     torch.rand(3)
@@ -100,6 +101,7 @@ def look_around() -> tuple[object, ...]:
         os.environ.get("LEFT_BEHIND"),
         int(os.environ["RANK"]) - dist.get_rank(),
         os.getcwd(),
+        [(action, category.__name__) for action, _, category, _, _ in warnings.filters],
         random.random(),
         torch.rand(3).tolist(),
     )
