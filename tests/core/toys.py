@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import gc
+import time
 from collections.abc import Callable, Iterable
 from typing import Any
 from unittest import mock
@@ -92,6 +93,15 @@ def live_bytes() -> int:
         with contextlib.suppress(RuntimeError):  # of a placeholder: it has no memory, and no address
             sizes[storage.data_ptr()] = storage.nbytes()
     return sum(sizes.values())
+
+
+def settled_bytes() -> int:
+    """As `live_bytes`, once it has been the same for a while: gloo's threads let go of a message after it arrived."""
+    found = [live_bytes()]
+    while len(found) < 5 or len(set(found[-5:])) > 1:
+        time.sleep(0.02)
+        found.append(live_bytes())
+    return found[-1]
 
 
 def sgd(parameters: Any) -> torch.optim.Optimizer:
