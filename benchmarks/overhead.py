@@ -22,6 +22,7 @@ from torch.distributed.fsdp import fully_shard
 from torch.nn.parallel import DistributedDataParallel
 
 from benchmarks.stats import Spread, visiting_order
+from lightning_accel import Accelerator
 from lightning_accel.core import Engine
 
 BLOCKS, PAIRS, WIDTH = 10, 20, 8
@@ -92,6 +93,14 @@ def accel(row: str) -> Contestant:
     return Contestant(lambda x: engine.backward(model(x)), optimizer)
 
 
+def accelerator_ddp() -> Contestant:
+    """The engine in the manual loop's clothes: what ``Accelerator`` adds to ``accel_ddp``."""
+    model = Stack()
+    accelerator = Accelerator(cpu=True, strategy="accel_ddp")
+    prepared, optimizer = accelerator.prepare(model, _optimizer(model))
+    return Contestant(lambda x: accelerator.backward(prepared(x)), optimizer)
+
+
 def _plain(model: nn.Module) -> Contestant:
     return Contestant(lambda x: model(x).backward(), _optimizer(model))
 
@@ -108,6 +117,7 @@ def measure(rounds: int) -> Figures:
     """Visit each contestant so many times."""
     makers: dict[str, Callable[[], Contestant]] = {"bare": bare, "torch_ddp": torch_ddp, "torch_fsdp2": torch_fsdp2}
     made = {name: make() for name, make in makers.items()} | {f"accel_{row}": accel(row) for row in ROWS}
+    made["accelerator_ddp"] = accelerator_ddp()
     x = torch.randn(4, WIDTH)
     for contestant in made.values():
         for _ in range(_WARMUP):

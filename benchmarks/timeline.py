@@ -165,11 +165,11 @@ class Recorder:
     @contextmanager
     def _other_threads(self) -> Iterator[None]:
         """Within it, what our engine's threads take is noted too: the receive buffers of reductions."""
-        collectives = sys.modules.get("lightning_accel.core.collectives")
-        if collectives is None:
+        gloo = sys.modules.get("lightning_accel.core.gloo")
+        if gloo is None:
             yield
             return
-        borrow = collectives.GlooCollectives._borrow
+        borrow = gloo.GlooCollectives._borrow
 
         def noted(owner: Any, numel: int, like: torch.Tensor) -> torch.Tensor:
             before = {id(kept) for kept in owner._scratch}
@@ -179,7 +179,7 @@ class Recorder:
                 weakref.finalize(buffer, self._note, -buffer.nbytes)
             return buffer
 
-        with mock.patch.object(collectives.GlooCollectives, "_borrow", noted):
+        with mock.patch.object(gloo.GlooCollectives, "_borrow", noted):
             yield
 
     def _note(self, change: int) -> None:

@@ -38,8 +38,8 @@ from lightning.pytorch.trainer.states import RunningStage, TrainerFn
 from torch import Tensor
 
 from lightning_accel.core import replay, rng
-from lightning_accel.core.collectives import absent_within
 from lightning_accel.core.data_position import set_generators, shared
+from lightning_accel.core.groups import absent_within
 from lightning_accel.strategies.logged import EpochLog, Snapshot
 from lightning_accel.strategies.places import Place, Places
 from lightning_accel.strategies.plan import KEY, VERSION, Plan

@@ -21,7 +21,7 @@ from lightning_accel.core import Engine, Rest
 from lightning_accel.core.checkpoint import StoredTensor, is_directory, load
 from lightning_accel.core.checkpoint.engine_state import load_model, model_shards, optimizer_shards
 from lightning_accel.core.collecting import Collecting
-from lightning_accel.core.collectives import absent_within
+from lightning_accel.core.groups import absent_within
 from lightning_accel.core.materialise import has_meta
 from lightning_accel.core.placement import Row
 from lightning_accel.core.registry import engines_of

@@ -10,7 +10,8 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _NormBase
 
-from lightning_accel.core.collectives import Collectives, connect, nbytes
+from lightning_accel.core.collectives import Collectives, nbytes
+from lightning_accel.core.connecting import connect
 
 _BROADCAST_BYTES = 25 * 2**20
 """Small tensors travel together in messages of about this size."""

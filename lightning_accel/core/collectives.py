@@ -3,13 +3,6 @@
 Sizes and offsets follow a :class:`~lightning_accel.core.layout.Layout`: a buffer is cut into one part per rank, of
 equal size or not, and every operation works **in place** on it.
 
-[Note: gloo point to point]
-gloo's own ``reduce_scatter`` and ``all_gather`` copy into and out of staging tensors. Sending each part straight to
-the rank that keeps it, and adding up on arrival, moves the same bytes with no copy. Measured with 2 ranks on 2 cores
-and 32 MB of fp32: reduce-scatter 47 ms by gloo's own, 17 ms by all-to-all, 13 ms point to point; all-gather 35 ms, 11
-ms, 12 ms; all-reduce 24 ms by gloo's own, 23 ms as the two point-to-point halves. Point to point also takes any number
-of ranks, parts of different sizes, and needs no send buffer.
-
 [Note: one order]
 Every rank starts operations in the same order. Point-to-point messages carry a tag that counts operations, so that a
 rank which runs ahead never mixes two operations up.
@@ -17,14 +10,10 @@ rank which runs ahead never mixes two operations up.
 
 from __future__ import annotations
 
-import contextlib
-import itertools
-import time
 from abc import ABC, abstractmethod
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from datetime import timedelta
 from typing import Any
 
 import torch
@@ -32,15 +21,8 @@ import torch.distributed as dist
 from torch import Tensor
 from typing_extensions import override
 
+from lightning_accel.core.groups import group_beside
 from lightning_accel.core.layout import Layout
-
-_TAGS = 1 << 20
-"""Tags wrap around here; far fewer operations are ever under way at once."""
-_OWNERS = 1 << 10
-_PAUSE_S = 0.05
-"""Between two looks at whether the other ranks have come."""
-_numbers = itertools.count()
-"""Numbers of the objects below: the messages of two engines on one process group must not be taken for each other's."""
 
 
 class Traffic:
@@ -91,26 +73,56 @@ class Pending:
             finish()
 
 
+class TwoPhase(Pending):
+    """An operation whose second half can only start when the first is done."""
+
+    def __init__(self, first: Pending, second: Callable[[], Pending]) -> None:
+        super().__init__([])
+        self._first: Pending | None = first
+        self._second = second
+        self._started: Pending | None = None
+
+    @override
+    def is_ready(self) -> bool:
+        """Whether waiting for the half that is under way would not block."""
+        under_way = self._first or self._started
+        return under_way is None or under_way.is_ready()
+
+    @override
+    def advance(self) -> None:
+        """Wait for the first half and start the second; or let that enter its own next phase."""
+        if self._first is not None:
+            self._first.wait()
+            self._first = None
+            self._started = self._second()
+        elif self._started is not None:
+            self._started.advance()
+
+    @override
+    def wait(self) -> None:
+        """Wait for both halves."""
+        if self._first is not None:
+            self.advance()
+        assert self._started is not None
+        self._started.wait()
+
+
 class Agreement:
     """A comparison of flags between ranks that is under way.
 
     Args:
-        counts: For each flag, how many ranks have set it, once the work is done.
         ranks: Number of ranks.
-        work: The reduction of the counts.
+        wait: Waits, and tells for each flag how many ranks have set it.
 
     """
 
-    def __init__(self, counts: Tensor, ranks: int, work: Any) -> None:
-        self._counts = counts
+    def __init__(self, ranks: int, wait: Callable[[], Sequence[int]]) -> None:
         self._ranks = ranks
-        self._work = work
+        self._wait = wait
 
     def differing(self) -> list[int]:
         """Wait; positions of the flags that some ranks have set and others have not."""
-        if self._work is not None:
-            self._work.wait()
-        return [position for position, count in enumerate(self._counts.tolist()) if 0 < count < self._ranks]
+        return [position for position, count in enumerate(self._wait()) if 0 < count < self._ranks]
 
 
 @dataclass(frozen=True)
@@ -120,41 +132,6 @@ class Published:
     part: Tensor
     addresses: Mapping[int, int] = field(default_factory=dict)
     """Where the other ranks have their parts, if they can be read there."""
-
-
-def absent_within(seconds: float, group: dist.ProcessGroup | None = None) -> list[int] | None:
-    """Wait until all ranks of a group have come here, at most so long.
-
-    Nothing is left under way: a collective that somebody misses has gloo wait for the group's own, long time.
-    (So does ``dist.monitored_barrier`` on all ranks but the first.)
-
-    Args:
-        seconds: How long to wait.
-        group: The group; by default that of all ranks.
-
-    Returns:
-        None if all came. Otherwise those that had not when the first rank gave up; for ranks that come later, too, and
-        for all meetings from then on. Empty if nobody can tell, as the rank that counts is gone.
-
-    """
-    rank, ranks = dist.get_rank(group), dist.get_world_size(group)
-    if ranks == 1:
-        return None
-    store = dist.distributed_c10d._get_process_group_store(group or dist.group.WORLD)  # type: ignore[arg-type]
-    deadline = time.monotonic() + seconds
-    with contextlib.suppress(RuntimeError):  # the store is on a rank, which may be gone
-        meeting = store.add(f"accel/arrived/{rank}", 1)
-        store.add("accel/arrived", 1)
-        while not store.add("accel/missed", 0):
-            if store.add("accel/arrived", 0) >= meeting * ranks:  # all meetings before were full
-                return None
-            if time.monotonic() > deadline:
-                absent = [other for other in range(ranks) if store.add(f"accel/arrived/{other}", 0) < meeting]
-                store.set("accel/absent", ",".join(map(str, absent)))
-                store.add("accel/missed", 1)
-            time.sleep(_PAUSE_S)
-        return [int(other) for other in store.get("accel/absent").decode().split(",") if other]
-    return []
 
 
 class Collectives(ABC):
@@ -279,7 +256,7 @@ class Collectives(ABC):
         if self.ranks == 1 or tensor.numel() == 0:
             return
         self.traffic.add("broadcast", nbytes(tensor) if self.rank == source else 0)
-        dist.broadcast(_real(tensor), group=self.group, group_src=source)
+        dist.broadcast(real(tensor), group=self.group, group_src=source)
 
     def agree(self, flags: Sequence[bool]) -> list[bool]:
         """For each flag, whether any rank has set it. Waits."""
@@ -292,14 +269,21 @@ class Collectives(ABC):
 
     def start_agreement(self, flags: Sequence[bool]) -> Agreement:
         """Start to compare flags with the other ranks."""
-        counts = torch.tensor(flags, dtype=torch.int32)
         if self.ranks == 1:
-            return Agreement(counts, 1, None)
+            return Agreement(1, lambda: [])
+        counts = torch.tensor(flags, dtype=torch.int32)
         self.traffic.add("agree", ring(nbytes(counts), self.ranks, passes=2))
-        return Agreement(counts, self.ranks, dist.all_reduce(counts, group=self._control, async_op=True))
+        work = dist.all_reduce(counts, group=self._control, async_op=True)
+
+        def wait() -> list[int]:
+            work.wait()
+            found: list[int] = counts.tolist()
+            return found
+
+        return Agreement(self.ranks, wait)
 
     def sum_scalar(self, value: Tensor, *, maximum: bool = False) -> Tensor:
-        """Sum (or maximum) of a 0-dim tensor over ranks, in place. Waits."""
+        """Sum (or maximum) of a few numbers over ranks, element by element, in place. Waits."""
         if self.ranks > 1:
             self.traffic.add("scalar", ring(nbytes(value), self.ranks, passes=2))
             dist.all_reduce(value, op=dist.ReduceOp.MAX if maximum else dist.ReduceOp.SUM, group=self.group)
@@ -326,308 +310,6 @@ class Collectives(ABC):
         return values
 
 
-class _Messages(Pending):
-    """Sends and receives of gloo, which does not tell whether they are done: it can only be waited for."""
-
-    @override
-    def is_ready(self) -> bool:
-        return True
-
-
-class GlooCollectives(Collectives):
-    """Point to point, for gloo. See [Note: gloo point to point]."""
-
-    def __init__(
-        self, device: torch.device, group: dist.ProcessGroup | None, control: dist.ProcessGroup | None
-    ) -> None:
-        super().__init__(device, group, control)
-        # Agreed on: after an error on some ranks only, the ranks' counts may differ.
-        global _numbers
-        number: int = max(self.gather_objects(next(_numbers)))
-        _numbers = itertools.count(number + 1)
-        self._number = number % _OWNERS
-        # Fetches and reductions are counted apart: which comes first may differ between ranks.
-        self._operations = {False: 0, True: 0}
-        self._scratch: list[Tensor] = []
-
-    @override
-    def trim(self) -> None:
-        self._scratch.clear()
-
-    @override
-    def reduce_scatter(self, buffer: Tensor, layout: Layout, out: Tensor) -> Pending:
-        self.traffic.add("reduce_scatter", sent_scattering(buffer, layout, self.rank))
-        return self._scatter(buffer, layout, out)
-
-    @override
-    def all_gather(self, buffer: Tensor, layout: Layout) -> Pending:
-        self.traffic.add("all_gather", sent_gathering(buffer, layout, self.rank))
-        return _Messages(self._exchange_parts(buffer, layout, self._next_tag()))
-
-    @override
-    def fetch(self, source: Published, layout: Layout, buffer: Tensor) -> Pending:
-        self.traffic.add("all_gather", sent_gathering(buffer, layout, self.rank))
-        buffer[slice(*layout.part(self.rank))].copy_(source.part)
-        return _Messages(self._exchange_parts(buffer, layout, self._next_tag(fetching=True)))
-
-    @override
-    def gather(self, part: Tensor, layout: Layout, whole: Tensor | None) -> None:
-        self._count_gather(part)
-        tag = self._next_tag()
-        if whole is None:
-            works = self._send(part, 0, tag)
-        else:
-            works = [w for p in self._peers() for w in self._receive(whole[slice(*layout.part(p))], p, tag)]
-            whole[slice(*layout.part(0))].copy_(part)
-        _Messages(works).wait()
-
-    @override
-    def all_reduce(self, buffer: Tensor, layout: Layout) -> Pending:
-        self.traffic.add("all_reduce", sent_reducing(buffer, layout, self.rank))
-        own = buffer[slice(*layout.part(self.rank))]
-        first, tag = self._scatter(buffer, layout, own), self._next_tag()
-        return TwoPhase(first, lambda: _Messages(self._exchange_parts(buffer, layout, tag)))
-
-    @override
-    def all_reduce_as(self, buffer: Tensor, wire: Tensor, layout: Layout) -> Pending:
-        if wire.dtype.itemsize >= buffer.dtype.itemsize:
-            return super().all_reduce_as(buffer, wire, layout)
-        self.traffic.add("all_reduce", sent_reducing(wire, layout, self.rank))
-        own = slice(*layout.part(self.rank))
-        first, tag = self._scatter(wire, layout, buffer[own]), self._next_tag()
-
-        def copy() -> None:
-            buffer.copy_(wire)
-
-        def send_back() -> Pending:
-            wire[own].copy_(buffer[own])
-            return _Messages(self._exchange_parts(wire, layout, tag), copy)
-
-        return TwoPhase(first, send_back)
-
-    def _scatter(self, buffer: Tensor, layout: Layout, out: Tensor) -> Pending:
-        start, stop = layout.part(self.rank)
-        own = buffer[start:stop]
-        tag = self._next_tag()
-        scratch = self._borrow((self.ranks - 1) * (stop - start), buffer)
-        received = list(scratch[: (self.ranks - 1) * (stop - start)].view(self.ranks - 1, stop - start))
-        works = [w for r, peer in zip(received, self._peers(), strict=True) for w in self._receive(r, peer, tag)]
-        works += [w for peer in self._peers() for w in self._send(buffer[slice(*layout.part(peer))], peer, tag)]
-
-        def add_up() -> None:
-            # By rank, not by arrival: a sum must not depend on who was late.
-            if not received:
-                if out.data_ptr() != own.data_ptr():
-                    out.copy_(own)
-            else:
-                add_first(own, received[0], out)
-                for other in received[1:]:
-                    out.add_(other)
-            self._scratch.append(scratch)
-
-        return _Messages(works, add_up)
-
-    def _exchange_parts(self, buffer: Tensor, layout: Layout, tag: int) -> list[Any]:
-        own = buffer[slice(*layout.part(self.rank))]
-        works = [w for p in self._peers() for w in self._receive(buffer[slice(*layout.part(p))], p, tag)]
-        return works + [w for peer in self._peers() for w in self._send(own, peer, tag)]
-
-    def _peers(self) -> list[int]:
-        """The other ranks of the group, by rank."""
-        return [rank for rank in range(self.ranks) if rank != self.rank]
-
-    def _send(self, tensor: Tensor, peer: int, tag: int) -> list[Any]:
-        return [dist.isend(_real(tensor), group=self.group, group_dst=peer, tag=tag)] if tensor.numel() else []
-
-    def _receive(self, tensor: Tensor, peer: int, tag: int) -> list[Any]:
-        return [dist.irecv(_real(tensor), group=self.group, group_src=peer, tag=tag)] if tensor.numel() else []
-
-    def _next_tag(self, *, fetching: bool = False) -> int:
-        self._operations[fetching] += 1
-        half = _TAGS // 2
-        return self._number * _TAGS + half * fetching + self._operations[fetching] % half
-
-    def _borrow(self, numel: int, like: Tensor) -> Tensor:
-        """A receive buffer of at least ``numel`` elements; returned buffers are used again."""
-        for position, tensor in enumerate(self._scratch):
-            if tensor.numel() >= numel and tensor.dtype == like.dtype:
-                return self._scratch.pop(position)
-        for position, tensor in enumerate(self._scratch):
-            if tensor.dtype == like.dtype:  # too small: let a larger one take its place
-                self._scratch.pop(position)
-                break
-        return torch.empty(numel, dtype=like.dtype, device=like.device)
-
-
-class TwoPhase(Pending):
-    """An operation whose second half can only start when the first is done."""
-
-    def __init__(self, first: Pending, second: Callable[[], Pending]) -> None:
-        super().__init__([])
-        self._first: Pending | None = first
-        self._second = second
-        self._started: Pending | None = None
-
-    @override
-    def is_ready(self) -> bool:
-        """Whether waiting for the half that is under way would not block."""
-        under_way = self._first or self._started
-        return under_way is None or under_way.is_ready()
-
-    @override
-    def advance(self) -> None:
-        """Wait for the first half and start the second; or let that enter its own next phase."""
-        if self._first is not None:
-            self._first.wait()
-            self._first = None
-            self._started = self._second()
-        elif self._started is not None:
-            self._started.advance()
-
-    @override
-    def wait(self) -> None:
-        """Wait for both halves."""
-        if self._first is not None:
-            self.advance()
-        assert self._started is not None
-        self._started.wait()
-
-
-class TorchCollectives(Collectives):
-    """torch.distributed's own collectives: NCCL and every other back end."""
-
-    _stream: torch.Stream | None = None
-
-    @override
-    def reduce_scatter(self, buffer: Tensor, layout: Layout, out: Tensor) -> Pending:
-        self.traffic.add("reduce_scatter", sent_scattering(buffer, layout, self.rank))
-        if layout.is_even and out.dtype == buffer.dtype:
-            return Pending([_reduce_scatter_single(_real(out), _real(buffer), group=self.group, async_op=True)])
-        # Every part to its rank, then a local sum: any back end can do that with parts of different sizes, and it adds
-        # up in any dtype.
-        start, stop = layout.part(self.rank)
-        received = buffer.new_empty((self.ranks, stop - start))
-        work = dist.all_to_all_single(
-            _real(received.view(-1)),
-            _real(buffer),
-            [stop - start] * self.ranks,
-            [end - begin for begin, end in map(layout.part, range(self.ranks))],
-            group=self.group,
-            async_op=True,
-        )
-
-        def add_up() -> None:
-            torch.sum(received, 0, dtype=out.dtype, out=out)
-
-        return Pending([work], add_up)
-
-    @override
-    def all_gather(self, buffer: Tensor, layout: Layout) -> Pending:
-        self.traffic.add("all_gather", sent_gathering(buffer, layout, self.rank))
-        if layout.is_even:
-            mine = _real(buffer[slice(*layout.part(self.rank))])
-            return Pending([_all_gather_single(_real(buffer), mine, group=self.group, async_op=True)])
-        parts = [_real(buffer[slice(*layout.part(peer))]) for peer in range(self.ranks)]
-        return Pending(
-            [
-                dist.broadcast(part, group=self.group, group_src=peer, async_op=True)
-                for peer, part in enumerate(parts)
-                if part.numel()
-            ]
-        )
-
-    @override
-    def gather(self, part: Tensor, layout: Layout, whole: Tensor | None) -> None:
-        self._count_gather(part)
-        messages = {0: part}
-        if whole is not None:
-            whole[slice(*layout.part(0))].copy_(part)
-            messages = {peer: whole[slice(*layout.part(peer))] for peer in range(1, self.ranks)}
-        kind: Callable[..., Any] = dist.isend if whole is None else dist.irecv
-        batch = [
-            dist.P2POp(kind, _real(tensor), group=self.group, group_peer=peer)
-            for peer, tensor in messages.items()
-            if tensor.numel()
-        ]
-        if batch:  # in one call: NCCL would connect each pair of ranks anew otherwise
-            Pending(dist.batch_isend_irecv(batch)).wait()
-
-    @override
-    def all_reduce(self, buffer: Tensor, layout: Layout) -> Pending:
-        self.traffic.add("all_reduce", sent_reducing(buffer, layout, self.rank))
-        return Pending([dist.all_reduce(_real(buffer), group=self.group, async_op=True)])
-
-    @override
-    def all_reduce_after(self, first: Pending, buffer: Tensor, layout: Layout) -> Pending:
-        if self.device.type == "cpu":
-            return super().all_reduce_after(first, buffer, layout)
-        # A stream of its own waits for the first: neither the host does, nor what computes meanwhile.
-        if self._stream is None:
-            self._stream = torch.Stream(self.device)
-        with self._stream:
-            first.wait()
-            return self.all_reduce(buffer, layout)
-
-
-# The ``*_tensor`` names are deprecated from torch 2.13 on, the ``*_single`` names do not exist before.
-_reduce_scatter_single: Callable[..., Any] = getattr(dist, "reduce_scatter_single", None) or dist.reduce_scatter_tensor
-_all_gather_single: Callable[..., Any] = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
-
-
-def connect(device: torch.device, group: dist.ProcessGroup | None = None) -> Collectives:
-    """The collectives that suit a device and process group.
-
-    Args:
-        device: Where the buffers live.
-        group: The process group; the default group if not given. It must be initialised already. On a device other
-            than the CPU a gloo group is made beside it (a collective call) for messages that the host reads: reading
-            them must not wait for the device.
-
-    Raises:
-        RuntimeError: If torch.distributed is not initialised.
-
-    """
-    if not (dist.is_available() and dist.is_initialized()):
-        raise RuntimeError(
-            "Expected an initialised torch.distributed process group, found none. Start the script with torchrun, or"
-            " through Lightning's Trainer or Fabric, or call torch.distributed.init_process_group first."
-        )
-    if "fake" in str(dist.get_backend(group)):
-        from lightning_accel.core.simulated import SimulatedCollectives
-
-        return SimulatedCollectives(device, group, group)
-    if device.type == "cpu":
-        if "gloo" not in str(dist.get_backend(group)):
-            return TorchCollectives(device, group, group)
-        from lightning_accel.core.direct import DirectCollectives
-
-        messages = GlooCollectives(device, group, group)
-        return (messages.ranks > 1 and DirectCollectives.connect(messages)) or messages
-    return TorchCollectives(device, group, group_beside(group, device))
-
-
-def group_beside(group: dist.ProcessGroup | None, device: torch.device) -> dist.ProcessGroup:
-    """A gloo group of the same ranks, for messages of the host. All of them make it together."""
-    whole = group is None or group is dist.group.WORLD
-    made: dist.ProcessGroup = dist.new_group(
-        dist.get_process_group_ranks(group),
-        timeout=timeout_of(group, device),
-        backend="gloo",
-        # Of a part of all processes only its own take part. Torch then makes the name from the number of groups that a
-        # process is in, which may differ between ranks: where all take part it is not done so.
-        use_local_synchronization=not whole,
-    )
-    return made
-
-
-def timeout_of(group: dist.ProcessGroup | None, device: torch.device) -> timedelta:
-    """How long a process group waits for its ranks."""
-    backend = (group or dist.group.WORLD)._get_backend(device)  # type: ignore[union-attr]
-    options = getattr(backend, "options", None)
-    timeout: timedelta = getattr(options, "_timeout", dist.default_pg_timeout)
-    return timeout
-
-
 def nbytes(tensor: Tensor) -> int:
     """Size of a tensor's elements in bytes."""
     return tensor.numel() * tensor.element_size()
@@ -641,7 +323,8 @@ def add_first(own: Tensor, other: Tensor, out: Tensor) -> None:
         out.copy_(own).add_(other)
 
 
-def _real(tensor: Tensor) -> Tensor:
+def real(tensor: Tensor) -> Tensor:
+    """A tensor that every back end knows: complex numbers as pairs."""
     return torch.view_as_real(tensor) if tensor.is_complex() else tensor
 
 

@@ -4,9 +4,10 @@
 Linux lets a process copy from another's memory in one system call (``process_vm_readv``, "cross memory attach"; MPI
 libraries use it in the same way). An all-gather then is one copy of the others' parts, a reduce-scatter a copy and an
 addition, and nothing goes through a socket but numbers of eight bytes: "my buffer is ready, at this address" and "I
-have read yours". An operation is complete on a rank when all others have read what it offered: its memory may change
-then. So that this does not depend on what the others' Python code is doing, a thread on each rank carries operations
-out, in the order in which they were started, which is the same on all ranks.
+have read yours". So does what little the ranks tell each other in every step: gloo's threads would compete for the
+cores with these (docs/decisions.md). An operation is complete on a rank when all others have read what it offered: its
+memory may change then. So that this does not depend on what the others' Python code is doing, a thread on each rank
+carries operations out, in the order in which they were started, which is the same on all ranks.
 
 [Note: one-sided]
 Parameters that rest sharded do not move and change only while optimizers step. Any rank may read the others' parts at
@@ -23,6 +24,7 @@ import contextlib
 import ctypes
 import os
 import queue
+import struct
 import threading
 import weakref
 from collections.abc import Callable, Sequence
@@ -37,7 +39,7 @@ from torch import Tensor
 from typing_extensions import override
 
 from lightning_accel.core.collectives import (
-    GlooCollectives,
+    Agreement,
     Pending,
     Published,
     add_first,
@@ -46,8 +48,9 @@ from lightning_accel.core.collectives import (
     sent_reducing,
     sent_scattering,
 )
+from lightning_accel.core.gloo import GlooCollectives
 from lightning_accel.core.layout import Layout
-from lightning_accel.core.neighbours import Neighbours
+from lightning_accel.core.neighbours import LONGEST, Neighbours
 
 _PR_SET_PTRACER = 0x59616D61
 _ANY_PROCESS = ctypes.c_ulong(-1)
@@ -169,6 +172,48 @@ class DirectCollectives(GlooCollectives):
             self._reduce(buffer, layout, buffer)
 
         return self._start("all_reduce", carry_out)
+
+    @override
+    def agree(self, flags: Sequence[bool]) -> list[bool]:
+        if not self._can_tell(len(flags)):
+            return super().agree(flags)
+        return [any(told) for told in zip(*self._tell(bytes(flags), "the end of backward")(), strict=True)]
+
+    @override
+    def start_agreement(self, flags: Sequence[bool]) -> Agreement:
+        if not self._can_tell(len(flags)):
+            return super().start_agreement(flags)
+        wait = self._tell(bytes(flags), "backward")
+        return Agreement(self.ranks, lambda: [sum(told) for told in zip(*wait(), strict=True)])
+
+    @override
+    def sum_scalar(self, value: Tensor, *, maximum: bool = False) -> Tensor:
+        numbers = struct.Struct(f"={value.numel()}d")
+        if not (self._can_tell(numbers.size) and value.is_floating_point()):
+            return super().sum_scalar(value, maximum=maximum)
+        everyone = self._tell(numbers.pack(*value.double().view(-1).tolist()), "a sum of numbers", "scalar")()
+        told = torch.tensor([numbers.unpack(content) for content in everyone], dtype=torch.double)
+        total = told.amax(0) if maximum else told.sum(0)  # by rank on all of them, so bit for bit the same
+        return value.copy_(total.view_as(value))
+
+    def _can_tell(self, size: int) -> bool:
+        return self.ranks > 1 and size <= LONGEST and self._finalizer.alive
+
+    def _tell(self, content: bytes, doing: str, kind: str = "agree") -> Callable[[], list[bytes]]:
+        """Start to tell all others something of one size. What is returned waits, and gives what all told, by rank."""
+        self.traffic.add(kind, len(content) * (self.ranks - 1))
+        told = {self.rank: content}
+
+        def carry_out() -> None:
+            told.update(self._neighbours.exchange(content, doing))
+
+        pending = self._worker.submit(partial(self._or_hang_up, carry_out))
+
+        def wait() -> list[bytes]:
+            pending.wait()
+            return [told[rank] for rank in range(self.ranks)]
+
+        return wait
 
     @override
     def publish(self, parts: Sequence[Tensor]) -> list[Published]:

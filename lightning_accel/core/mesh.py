@@ -22,7 +22,9 @@ import weakref
 import torch.distributed as dist
 from torch import Tensor
 
-from lightning_accel.core.collectives import Collectives, Pending, connect, timeout_of
+from lightning_accel.core.collectives import Collectives, Pending
+from lightning_accel.core.connecting import connect
+from lightning_accel.core.groups import timeout_of
 from lightning_accel.core.layout import Layout, even_cuts
 
 

@@ -17,11 +17,14 @@ import sys
 from collections.abc import Iterator, Sequence
 from datetime import timedelta
 
-from lightning_accel.core.collectives import Collectives, timeout_of
+from lightning_accel.core.collectives import Collectives
+from lightning_accel.core.groups import timeout_of
 
 _NUMBER = struct.Struct("=Q")
-_LONGEST = 256
-"""Bytes of a message, at most."""
+LONGEST = 2**16
+"""Bytes of what is told at once, at most: a third of what Linux's sockets take."""
+_NAME = 256
+"""Bytes of what it is for, at most."""
 _CREDENTIALS = struct.Struct("=3i")  # process, user, group
 
 
@@ -89,22 +92,43 @@ class Neighbours:
             RuntimeError: If one of them has ended, does something else, or does not answer in time.
 
         """
-        message = _NUMBER.pack(number) + doing.encode()
-        told: dict[int, int] = {}
+        told = self.exchange(_NUMBER.pack(number), doing)
+        return {rank: _NUMBER.unpack(number)[0] for rank, number in told.items()}
+
+    def exchange(self, content: bytes, doing: str) -> dict[int, bytes]:
+        """Tell all others something and wait for what they tell, by rank.
+
+        Args:
+            content: As long on every rank, at most ``LONGEST`` bytes.
+            doing: What it is for; the same on every rank.
+
+        Raises:
+            RuntimeError: If one of them has ended, does something else, or does not answer in time.
+
+        """
+        assert len(content) <= LONGEST
+        name = doing.encode()
+        message = bytes([len(name)]) + name + content
+        told: dict[int, bytes] = {}
         for rank, line in self._lines.items():
             with _explained(rank, self._timeout_s):
                 line.send(message)
         for rank, line in self._lines.items():
             with _explained(rank, self._timeout_s):
-                answer = line.recv(_LONGEST)
+                answer = line.recv(len(message) + _NAME)
                 if not answer:
                     raise ConnectionResetError
-            (told[rank],) = _NUMBER.unpack(answer[: _NUMBER.size])
-            theirs = answer[_NUMBER.size :].decode()
-            if theirs != doing:
+            theirs, told[rank] = answer[1 : 1 + answer[0]], answer[1 + answer[0] :]
+            if theirs != name:
                 raise RuntimeError(
-                    f"Expected rank {rank} to come to {doing} as this one does; it came to {theirs}. Call backward,"
-                    " optimizer.step() and the like equally often, and in the same order, on every rank."
+                    f"Expected rank {rank} to come to {doing} as this one does; it came to {theirs.decode()}. Call"
+                    " backward, optimizer.step() and the like equally often, and in the same order, on every rank."
+                )
+            if len(told[rank]) != len(content):
+                raise RuntimeError(
+                    f"Expected the ranks to train the same parameters, but for {doing} rank {rank} tells of"
+                    f" {len(told[rank])} and this one of {len(content)}. Build and change the model in the same way on"
+                    " every rank."
                 )
         return told
 

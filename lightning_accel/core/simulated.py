@@ -22,8 +22,9 @@ import torch.distributed.distributed_c10d as c10d
 from torch import Tensor
 from typing_extensions import override
 
-from lightning_accel.core.collectives import Agreement, Collectives, Pending, TorchCollectives, ring
+from lightning_accel.core.collectives import Agreement, Collectives, Pending, ring
 from lightning_accel.core.layout import Layout
+from lightning_accel.core.torch_collectives import TorchCollectives
 
 _names = itertools.count(1 << 20, 1 << 10)
 """Where the numbers begin that torch names process groups by: within one process no two may have the same."""
@@ -79,7 +80,7 @@ class SimulatedCollectives(TorchCollectives):
     @override
     def start_agreement(self, flags: Sequence[bool]) -> Agreement:
         self._count_flags(len(flags) * torch.int32.itemsize)
-        return _Agreed(flags)
+        return Agreement(self.ranks, lambda: [self.ranks * flag for flag in flags])
 
     def _count_flags(self, size: int) -> None:
         if self.ranks > 1:
@@ -115,14 +116,3 @@ class _Done(Pending):
     @override
     def is_ready(self) -> bool:
         return True
-
-
-class _Agreed(Agreement):
-    """What all ranks have told alike."""
-
-    def __init__(self, flags: Sequence[bool]) -> None:
-        self.flags = flags
-
-    @override
-    def differing(self) -> list[int]:
-        return []

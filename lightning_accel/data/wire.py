@@ -14,7 +14,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from lightning_accel.core.collectives import group_beside
+from lightning_accel.core.groups import group_beside
 from lightning_accel.data.batches import TensorShape, filled, map_leaves, outline, tensors_of
 
 _ALIGNED = 16

@@ -26,7 +26,7 @@ from lightning.fabric import Fabric
 
 from lightning_accel.core import rng
 from lightning_accel.core.checkpoint import is_directory, load
-from lightning_accel.core.collectives import absent_within
+from lightning_accel.core.groups import absent_within
 from lightning_accel.manual.accumulation import Accumulation
 from lightning_accel.manual.optimizer import PreparedOptimizer
 from lightning_accel.manual.peers import Peers

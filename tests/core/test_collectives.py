@@ -6,9 +6,13 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from lightning_accel.core.collectives import GlooCollectives, Pending, TorchCollectives, absent_within, connect
+from lightning_accel.core.collectives import Pending
+from lightning_accel.core.connecting import connect
 from lightning_accel.core.direct import DirectCollectives
+from lightning_accel.core.gloo import GlooCollectives
+from lightning_accel.core.groups import absent_within
 from lightning_accel.core.layout import even_layout, owned_layout
+from lightning_accel.core.torch_collectives import TorchCollectives
 
 LAYOUTS = {
     "even": lambda ranks: even_layout([(5, 5), (7,)], ranks),

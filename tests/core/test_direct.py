@@ -2,15 +2,20 @@ import ctypes
 import gc
 import os
 import threading
+from unittest import mock
 
 import pytest
 import torch
 import torch.distributed as dist
 
+from core.toys import ROW_NAMES, prepared, train
 from lightning_accel.core import direct
-from lightning_accel.core.collectives import connect
+from lightning_accel.core.connecting import connect
 from lightning_accel.core.direct import Worker
+from lightning_accel.core.gloo import GlooCollectives
 from lightning_accel.core.layout import even_layout
+from lightning_accel.core.neighbours import LONGEST
+from rows import everyday
 
 
 def chosen(forbid):
@@ -100,3 +105,83 @@ def test_what_a_job_raises_reaches_whoever_waits():
     with pytest.raises(ValueError, match="no"):
         failed.wait()
     worker.end()
+
+
+def told_apart(seed):
+    """What the ranks tell each other by their own sockets, and by gloo's messages."""
+    own = connect(torch.device("cpu"))
+    messages = GlooCollectives(torch.device("cpu"), None, None)
+    generator = torch.Generator().manual_seed(100 * seed + own.rank)
+    flags = (torch.rand(50, generator=generator) < 0.3).tolist()
+    numbers = torch.randn(5, generator=generator, dtype=torch.double)
+    return [
+        (
+            some.agree(flags),
+            some.start_agreement(flags).differing(),
+            some.sum_scalar(numbers.clone()),
+            some.sum_scalar(numbers.float(), maximum=True),
+            some.sum_scalar(torch.tensor(own.rank + 2**60)),
+        )
+        for some in (own, messages)
+    ]
+
+
+def test_what_ranks_tell_each_other_is_what_gloo_would_tell(ranks3):
+    for seed in range(5):
+        found = ranks3.run(told_apart, seed)
+        (first, _), *_ = found
+        for own, messages in found:
+            assert own[:2] == messages[:2]
+            assert own[1]
+            assert torch.equal(own[2], first[2]), "the same bits on every rank"
+            # Three numbers of about 1, added up in another order: two roundings of 1e-16 each.
+            torch.testing.assert_close(own[2], messages[2], rtol=0, atol=1e-15)
+            assert torch.equal(own[3], messages[3])
+            assert own[3].dtype == torch.float
+            assert own[4] == messages[4]
+
+
+def without_gloo(row):
+    """Steps while gloo's collectives are an error, and how many numbers each told."""
+    engine, optimizer = prepared(row)
+    train(engine, optimizer, 2)  # what is learned once is told by gloo
+    with mock.patch.multiple(dist, all_reduce=None, all_gather=None, isend=None, irecv=None):
+        train(engine, optimizer, 3)
+        norm = engine.clip_grad_norm_(optimizer, 1.0)
+    engine.wait()
+    engine.close()
+    return norm.item()
+
+
+@pytest.mark.parametrize("row", everyday(ROW_NAMES))
+def test_a_step_needs_none_of_gloos_messages(ranks2, row):
+    first, second = ranks2.run(without_gloo, row)
+    assert first == second > 0
+
+
+def many_flags():
+    collectives = connect(torch.device("cpu"))
+    flags = [index % (2 + collectives.rank) == 0 for index in range(LONGEST + 1)]
+    agreed = collectives.agree(flags)
+    differing = collectives.start_agreement(flags).differing()
+    return agreed, differing
+
+
+def test_more_flags_than_a_message_takes(ranks2):
+    numbers = range(LONGEST + 1)
+    for agreed, differing in ranks2.run(many_flags):
+        assert agreed == [number % 2 == 0 or number % 3 == 0 for number in numbers]
+        assert differing == [number for number in numbers if (number % 2 == 0) != (number % 3 == 0)]
+
+
+def different_numbers_of_flags():
+    collectives = connect(torch.device("cpu"))
+    with pytest.raises(RuntimeError) as caught:
+        collectives.agree([True] * (3 + collectives.rank))
+    return str(caught.value)
+
+
+def test_ranks_whose_models_have_different_numbers_of_parameters(ranks2):
+    first, second = ranks2.run(different_numbers_of_flags)
+    assert "for the end of backward rank 1 tells of 4 and this one of 3" in first
+    assert "rank 0 tells of 3 and this one of 4" in second

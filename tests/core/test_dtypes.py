@@ -15,10 +15,12 @@ from torch import Tensor, nn
 from core.toys import Net, adamw, build, compare, data, my_share, relative_error, sgd, values, without_patience
 from harness import Ranks
 from lightning_accel.core import Engine
-from lightning_accel.core.collectives import GlooCollectives, TorchCollectives, connect
+from lightning_accel.core.connecting import connect
 from lightning_accel.core.dtypes import Dtypes
+from lightning_accel.core.gloo import GlooCollectives
 from lightning_accel.core.layout import even_layout
 from lightning_accel.core.placement import Rest, find_row
+from lightning_accel.core.torch_collectives import TorchCollectives
 from rows import everyday
 
 EXACT = 1e-12  # double precision, two orders of the same sums

@@ -27,7 +27,7 @@ from core.toys import (
     without_patience,
 )
 from lightning_accel.core import Engine
-from lightning_accel.core.collectives import TorchCollectives
+from lightning_accel.core.torch_collectives import TorchCollectives
 from rows import everyday
 
 

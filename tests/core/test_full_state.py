@@ -30,7 +30,9 @@ from core.toys import (
 from harness import Ranks
 from lightning_accel.core import Engine, full_state
 from lightning_accel.core.absent import AbsentParameter
-from lightning_accel.core.collectives import GlooCollectives, TorchCollectives, nbytes
+from lightning_accel.core.collectives import nbytes
+from lightning_accel.core.gloo import GlooCollectives
+from lightning_accel.core.torch_collectives import TorchCollectives
 
 SHARDED = ["fsdp", "fsdp_partial"]
 OPTIONS = pytest.mark.parametrize("options", [{}, {"param_dtype": torch.bfloat16}], ids=["one dtype", "master values"])

@@ -16,8 +16,10 @@ from torch import Tensor, nn
 from core.toys import Net, adamw, build, data, relative_error, train, train_alone, values, without_patience
 from harness import Ranks
 from lightning_accel.core import Engine
-from lightning_accel.core.collectives import GlooCollectives, TorchCollectives, connect
+from lightning_accel.core.connecting import connect
+from lightning_accel.core.gloo import GlooCollectives
 from lightning_accel.core.lockstep import Lockstep
+from lightning_accel.core.torch_collectives import TorchCollectives
 
 KINDS = [GlooCollectives, TorchCollectives]
 SOON_S = 30

@@ -13,9 +13,11 @@ import torch.distributed as dist
 from core.toys import Net, adamw, build, compare, data, mse, my_share, relative_error, train, values, without_patience
 from harness import Ranks
 from lightning_accel.core import Engine
-from lightning_accel.core.collectives import GlooCollectives, TorchCollectives, connect
+from lightning_accel.core.connecting import connect
+from lightning_accel.core.gloo import GlooCollectives
 from lightning_accel.core.mesh import Mesh, ranks_of_node
 from lightning_accel.core.placement import ROWS
+from lightning_accel.core.torch_collectives import TorchCollectives
 
 EXACT = 1e-12
 """Relative error in float64 that only rounding can make."""

@@ -10,7 +10,8 @@ import torch
 import torch.distributed as dist
 
 from lightning_accel.core import neighbours
-from lightning_accel.core.collectives import GlooCollectives, timeout_of
+from lightning_accel.core.gloo import GlooCollectives
+from lightning_accel.core.groups import timeout_of
 from lightning_accel.core.neighbours import Neighbours
 
 

@@ -32,9 +32,11 @@ from core.toys import (
 )
 from harness import Ranks
 from lightning_accel.core import Engine, GradScaler, PowerSGD, low_rank
-from lightning_accel.core.collectives import Collectives, GlooCollectives, TorchCollectives
+from lightning_accel.core.collectives import Collectives
+from lightning_accel.core.gloo import GlooCollectives
 from lightning_accel.core.low_rank import orthonormal
 from lightning_accel.core.placement import ROWS
+from lightning_accel.core.torch_collectives import TorchCollectives
 
 F32, F64 = torch.float32, torch.float64
 

@@ -7,7 +7,7 @@ import torch
 import torch.distributed as dist
 
 from harness import Ranks
-from lightning_accel.core.collectives import connect
+from lightning_accel.core.connecting import connect
 from lightning_accel.core.unanimous import unanimous
 
 

@@ -19,9 +19,12 @@ from core.test_engine_gradients import reentrant
 from core.toys import Net, build, compare, data, mse, my_share, relative_error, sgd, started, train, without_patience
 from harness import Ranks
 from lightning_accel.core import Engine, GradScaler
-from lightning_accel.core.collectives import Collectives, GlooCollectives, TorchCollectives, connect
+from lightning_accel.core.collectives import Collectives
+from lightning_accel.core.connecting import connect
+from lightning_accel.core.gloo import GlooCollectives
 from lightning_accel.core.layout import even_layout
 from lightning_accel.core.placement import Rest, find_row
+from lightning_accel.core.torch_collectives import TorchCollectives
 
 BF16, F16, F32, F64 = torch.bfloat16, torch.float16, torch.float32, torch.float64
 PAIRS = [(F32, BF16), (F32, F16), (F64, F32)]

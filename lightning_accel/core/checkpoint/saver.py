@@ -48,6 +48,7 @@ from lightning_accel.core.checkpoint.reader import OBJECTS_FILE
 from lightning_accel.core.checkpoint.run import this_run
 from lightning_accel.core.checkpoint.shard import Part, Shard
 from lightning_accel.core.checkpoint.writing import Kept, Written, host_copies, write_file, write_frozen
+from lightning_accel.core.groups import host_backend
 
 T = TypeVar("T")
 
@@ -365,7 +366,7 @@ class Saver:
             if ranks == 1:
                 self._beside = _alone
             else:
-                group = dist.new_group(dist.get_process_group_ranks(self._group), backend="gloo")
+                group = dist.new_group(dist.get_process_group_ranks(self._group), backend=host_backend())
 
                 def gather(value: Any) -> list[Any]:
                     found: list[Any] = [None] * ranks
