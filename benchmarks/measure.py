@@ -8,11 +8,13 @@ what it sent twice) before and after the steps. gloo on one machine moves all it
 count needs no help from the peer, misses nothing that a peer does below torch's Python API, and sees no other process
 (the counters of the loopback device add up everybody on the machine). It includes gloo's few bytes of header per
 message. What our ranks on one machine read straight from each other's memory crosses no connection; it is added,
-counted around the system call that reads it. Each rank reads as much as the others would have to send it.
+counted around the system call that reads it. Each rank reads as much as the others would have to send it. What they
+tell each other over sockets that are not TCP's is added, too.
 
 [Note: collectives] The ``c10d::`` operators that torch's profiler sees during one step; every collective, send and
 receive passes that dispatcher exactly once, whether DDP's C++ reducer, a DTensor or our engine has issued it. Direct
-reads do not pass there: our engine marks them as ``accel::`` operators, once each.
+reads, and what ranks tell each other beside them, do not pass there: our engine marks them as ``accel::`` operators,
+once each.
 
 [Note: peak memory] The kernel's high-water mark of the resident set (``VmHWM``, reset first) after the first steps,
 less the resident set just before the model is built; in processes that never run another peer.
@@ -31,10 +33,11 @@ import sys
 import time
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import suppress
+from contextlib import ExitStack, suppress
 from pathlib import Path
 from types import TracebackType
 from typing import Protocol
+from unittest import mock
 
 import torch
 import torch.distributed as dist
@@ -79,13 +82,13 @@ class Clock:
 class Wire:
     """See [Note: wire]; `sent` is in bytes."""
 
-    _uncounted: Callable[[int, int, Tensor], None] | None
-
     def __enter__(self) -> "Wire":
-        self._read, self._uncounted = 0, None
+        self._read = 0
+        self._watching = ExitStack()
         if direct := sys.modules.get("lightning_accel.core.direct"):
-            self._uncounted = direct.read_memory
-            direct.read_memory = self._count  # type: ignore[attr-defined]
+            self._watching.enter_context(mock.patch.object(direct, "read_memory", self._reading(direct.read_memory)))
+            tell = direct.Neighbours.exchange
+            self._watching.enter_context(mock.patch.object(direct.Neighbours, "exchange", self._telling(tell)))
         self._before = self._at_rest()
         # The barrier that ends the window is inside it: find out what one costs.
         self._barrier = self._at_rest() - self._before
@@ -94,13 +97,22 @@ class Wire:
 
     def __exit__(self, *_: object) -> None:
         self.sent = max(0, self._at_rest() - self._before - self._barrier)
-        if self._uncounted is not None:
-            sys.modules["lightning_accel.core.direct"].read_memory = self._uncounted  # type: ignore[attr-defined]
+        self._watching.close()
 
-    def _count(self, pid: int, address: int, into: Tensor) -> None:
-        assert self._uncounted is not None
-        self._uncounted(pid, address, into)
-        self._read += into.nbytes
+    def _reading(self, read: Callable[[int, int, Tensor], None]) -> Callable[[int, int, Tensor], None]:
+        def counted(pid: int, address: int, into: Tensor) -> None:
+            read(pid, address, into)
+            self._read += into.nbytes
+
+        return counted
+
+    def _telling(self, tell: Callable[..., dict[int, bytes]]) -> Callable[..., dict[int, bytes]]:
+        def counted(neighbours: object, content: bytes, doing: str) -> dict[int, bytes]:
+            told = tell(neighbours, content, doing)
+            self._read += len(content) * len(told)
+            return told
+
+        return counted
 
     def _at_rest(self) -> int:
         """The bytes sent and read so far, once every rank has come here and nothing is in flight."""

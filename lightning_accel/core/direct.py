@@ -207,7 +207,8 @@ class DirectCollectives(GlooCollectives):
         def carry_out() -> None:
             told.update(self._neighbours.exchange(content, doing))
 
-        pending = self._worker.submit(partial(self._or_hang_up, carry_out))
+        with torch.profiler.record_function(f"accel::{kind}"):
+            pending = self._worker.submit(partial(self._or_hang_up, carry_out))
 
         def wait() -> list[bytes]:
             pending.wait()
