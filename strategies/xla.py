@@ -253,7 +253,9 @@ class AccelXLAStrategy(ParallelStrategy):
         if module is None:
             return self._put(batch)
         name = "transfer_batch_to_device"
-        if is_overridden(name, module.trainer._data_connector._datahook_selector.get_instance(name)):
+        hooks = module.trainer._data_connector._datahook_selector
+        assert hooks is not None
+        if is_overridden(name, hooks.get_instance(name)):
             batch = module._call_batch_hook(name, batch, device or self.root_device, dataloader_idx)
         return module._call_batch_hook("on_after_batch_transfer", self._put(batch), dataloader_idx)
 

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 from lightning.pytorch.callbacks import ModelCheckpoint
-from litnet import FLOAT32, LitNet, difference, litnet, loader, trainer
+from litnet import FLOAT32, LitNet, difference, leave_group, litnet, loader, trainer
 from torch.utils._pytree import tree_leaves
 
 from lightning_accel.strategies import AccelXLAStrategy
@@ -21,6 +21,7 @@ def run(chosen: Any, folder: Path, epochs: int, resume: Path | None = None, **se
     kept = ModelCheckpoint(folder, monitor="val_loss", save_top_k=1, save_last=True, enable_version_counter=False)
     fit = trainer(chosen, folder, max_epochs=epochs, callbacks=[kept], gradient_clip_val=0.3, **settings)
     fit.fit(model, loader(5), loader(2, seed=2), ckpt_path=resume)
+    leave_group()
     return model, folder / "last.ckpt"
 
 
@@ -110,4 +111,4 @@ def test_values_that_are_loaded_while_it_trains_rest_as_the_row_says() -> None:
     model = Loading()
     trainer(strategy, max_steps=1).fit(model, loader(1))
     assert sizes[0] == sizes[1]
-    assert float(model.scale) == pytest.approx(7.0, abs=0.01)
+    assert model.scale.item() == pytest.approx(7.0, abs=0.01)
