@@ -29,6 +29,9 @@ HAS_XLA = find_spec("torch_xla") is not None
 if HAS_XLA:
     os.environ.setdefault("PJRT_DEVICE", "CPU")
     os.environ.setdefault("CPU_NUM_DEVICES", "4")
+    # Tests compile for longer than they run; results are the same.
+    flags = "--xla_backend_optimization_level=0 --xla_llvm_disable_expensive_passes=true"
+    os.environ.setdefault("XLA_FLAGS", flags)
 
 
 def pytest_runtest_setup(item: pytest.Item) -> None:
