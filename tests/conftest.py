@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack
+from importlib.util import find_spec
 
 import pytest
 import torch
@@ -24,9 +25,24 @@ os.environ.setdefault("RES_OPTIONS", "timeout:1")
 torch.set_num_threads(1)
 
 
+HAS_XLA = find_spec("torch_xla") is not None
+if HAS_XLA:
+    os.environ.setdefault("PJRT_DEVICE", "CPU")
+    os.environ.setdefault("CPU_NUM_DEVICES", "4")
+    # Tests compile for longer than they run; results are the same.
+    flags = "--xla_backend_optimization_level=0 --xla_llvm_disable_expensive_passes=true"
+    os.environ.setdefault("XLA_FLAGS", flags)
+
+
 def pytest_runtest_setup(item: pytest.Item) -> None:
     if item.get_closest_marker("cuda") and not torch.cuda.is_available():
         pytest.skip("needs a CUDA device, and torch.cuda.is_available() says there is none")
+    if item.get_closest_marker("xla"):
+        if not HAS_XLA:
+            pytest.skip("needs torch_xla, which has an environment of its own: make test-xla")
+        from lightning_accel.core.xla import start
+
+        start()  # nothing may go backward on the CPU before
 
 
 @pytest.fixture(autouse=True)

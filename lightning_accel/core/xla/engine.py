@@ -20,11 +20,12 @@ from typing import Any
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from lightning_accel.core.partition import Units
+from lightning_accel.core.partition import Units, find_blocks
 from lightning_accel.core.placement import Rest, Row, find_row
 from lightning_accel.core.xla.gathering import gather_in_units
+from lightning_accel.core.xla.moving import replace_tensors, to_host
 from lightning_accel.core.xla.placing import Placing
-from lightning_accel.core.xla.report import XLAReport
+from lightning_accel.core.xla.report import XLAReport, programs_compiled
 from lightning_accel.core.xla.shardings import Spec, replicated, sharded
 
 
@@ -78,9 +79,12 @@ class XLAEngine:
         self.steps = 0
         """Optimizer steps so far."""
         self._optimizers: list[Optimizer] = []
+        self.is_closed = False
+        """Whether it leaves the module and the optimizers alone."""
         self._synchronise = True
-        self._compiled_before = _programs_compiled()
-        self._move()
+        find_blocks(module, units)  # before anything has changed: it may raise
+        self._compiled_before = programs_compiled()
+        replace_tensors(module, lambda tensor: self.placing.put(tensor.detach().cpu(), self._spec_of_value(tensor)))
         self._undo = [gather_in_units(module, units, self.placing)] if self.row.parameters is Rest.SHARDED else []
 
     def _spec(self, tensor: Tensor, rest: Rest) -> Spec:
@@ -88,27 +92,9 @@ class XLAEngine:
             return replicated(tensor.shape)
         return sharded(tensor.shape, self.placing.shard_size)
 
-    def _move(self) -> None:
-        moved: dict[int, Tensor] = {}
-
-        def place(tensor: Tensor, rest: Rest) -> Tensor:
-            if id(tensor) not in moved:
-                placed = self.placing.put(tensor.detach().cpu(), self._spec(tensor, rest))
-                moved[id(tensor)] = (
-                    nn.Parameter(placed, requires_grad=tensor.requires_grad)
-                    if isinstance(tensor, nn.Parameter)
-                    else placed
-                )
-            return moved[id(tensor)]
-
-        kept = list(self.module.modules())
-        for part in kept:
-            for name, parameter in part._parameters.items():
-                if parameter is not None:
-                    part._parameters[name] = place(parameter, self.row.parameters)  # type: ignore[assignment]
-            for name, buffer in part._buffers.items():
-                if buffer is not None:
-                    part._buffers[name] = place(buffer, Rest.REPLICATED)
+    def _spec_of_value(self, tensor: Tensor) -> Spec:
+        is_parameter = isinstance(tensor, nn.Parameter)
+        return self._spec(tensor, self.row.parameters if is_parameter else Rest.REPLICATED)
 
     # ---------------------------------------------------------------- training
 
@@ -205,12 +191,57 @@ class XLAEngine:
         self.steps += 1
         self.cut()
 
+    # ------------------------------------------------------------------ values
+
+    def settle(self) -> None:
+        """Have the module's values rest where the row says, after something else than an optimizer wrote to them."""
+        for tensor in (*self.module.parameters(), *self.module.buffers()):
+            self.placing.annotate(tensor, self._spec_of_value(tensor))
+        self.cut()
+
+    def load_optimizer_state(self, optimizer: Optimizer, state: dict[str, Any]) -> None:
+        """``optimizer.load_state_dict(state)``, and its values rest where the row says.
+
+        Args:
+            optimizer: One of those that were added.
+            state: Of whole parameters, in host memory.
+
+        """
+        optimizer.load_state_dict(state)
+        for values in optimizer.state.values():
+            for name, value in values.items():
+                if isinstance(value, Tensor) and value.device.type == "xla":
+                    values[name] = self.placing.put(value, self._spec(value, self.row.optimizer_state))
+
+    def bring_home(self) -> None:
+        """Close, and move the module to host memory, whole. It gets new parameters, and the optimizers follow."""
+        self.close()
+        states = [
+            (values, name, value)
+            for optimizer in self._optimizers
+            for values in optimizer.state.values()
+            for name, value in values.items()
+            if isinstance(value, Tensor)
+        ]
+        tensors = list(dict.fromkeys((*self.module.parameters(), *self.module.buffers())))
+        fetched = to_host([*tensors, *(value for _, _, value in states)])
+        values_of = dict(zip(tensors, fetched, strict=False))
+        homes = replace_tensors(self.module, values_of.__getitem__)
+        for (values, name, _), value in zip(states, fetched[len(tensors) :], strict=True):
+            values[name] = value
+        for optimizer in self._optimizers:
+            for group in optimizer.param_groups:
+                group["params"] = [homes[parameter] for parameter in group["params"]]
+            former = dict(optimizer.state)
+            optimizer.state.clear()
+            optimizer.state.update({homes.get(parameter, parameter): values for parameter, values in former.items()})
+
     # ------------------------------------------------------------------ report
 
     @property
     def compilations(self) -> int:
         """Programs compiled in this process since the engine was made."""
-        return _programs_compiled() - self._compiled_before
+        return programs_compiled() - self._compiled_before
 
     def report(self) -> XLAReport:
         """What rests on one device, and what was compiled."""
@@ -239,6 +270,7 @@ class XLAEngine:
 
     def close(self) -> None:
         """Leave the module and the optimizers alone from now on. The module stays on the devices."""
+        self.is_closed = True
         while self._undo:
             self._undo.pop()()
 
@@ -250,10 +282,3 @@ def _devices_of_host() -> int:
 
     start()
     return int(runtime.addressable_runtime_device_count())
-
-
-def _programs_compiled() -> int:
-    from torch_xla.debug import metrics
-
-    found = metrics.metric_data("CompileTime")
-    return int(found[0]) if found else 0

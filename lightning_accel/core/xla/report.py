@@ -33,3 +33,11 @@ class XLAReport:
         lines += [f"    {kind.replace('_', ' '):<30}{size:>16,}" for kind, size in self.at_rest.items()]
         lines.append(f"    {'total':<30}{sum(self.at_rest.values()):>16,}")
         return "\n".join(lines)
+
+
+def programs_compiled() -> int:
+    """Programs compiled in this process."""
+    from torch_xla.debug import metrics
+
+    found = metrics.metric_data("CompileTime")
+    return int(found[0]) if found else 0

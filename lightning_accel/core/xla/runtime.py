@@ -17,6 +17,15 @@ import torch
 _FITTING = "torch 2.9.x and torch_xla 2.9.0, in an environment of their own: pip install 'lightning-accel[xla]'"
 
 
+def is_installed() -> bool:
+    """Whether torch_xla is there, and fits torch."""
+    try:
+        require_torch_xla()
+    except ImportError:
+        return False
+    return True
+
+
 def require_torch_xla() -> None:
     """Raise unless torch_xla is there and fits torch.
 

@@ -249,6 +249,59 @@ def test_after_close_the_module_is_left_alone() -> None:
     assert not optimizer._optimizer_step_post_hooks
 
 
+def steps(engine: XLAEngine, optimizer: Optimizer, count: int) -> None:
+    for tokens, targets in batches(count):
+        optimizer.zero_grad()
+        tokens, targets = engine.put_batch((tokens, targets))
+        engine.backward(nn.functional.cross_entropy(engine.module(tokens)[:, -1], targets))
+        optimizer.step()
+
+
+@pytest.mark.parametrize("row", ["ddp", "zero2", "fsdp"])
+def test_all_comes_home_and_goes_on_from_there(row: str) -> None:
+    ours, theirs = net(torch.float64), net(torch.float64)
+    for model, parts in ((ours, (2, 3)), (theirs, (2,))):
+        state = None
+        for count in parts:
+            engine = XLAEngine(model, row)
+            optimizer = adamw(model)
+            engine.add_optimizer(optimizer)
+            if state is not None:
+                engine.load_optimizer_state(optimizer, state)
+                loaded = engine.report().at_rest["optimizer_state"]
+            steps(engine, optimizer, count)
+            if state is not None:
+                assert engine.report().at_rest["optimizer_state"] == loaded
+            engine.bring_home()
+            assert engine.is_closed
+            assert {tensor.device.type for tensor in (*model.parameters(), *model.buffers())} == {"cpu"}
+            assert model.head.weight is model.embed.weight
+            assert set(optimizer.state) <= set(model.parameters())
+            state = optimizer.state_dict()
+            assert {v.device.type for s in state["state"].values() for v in s.values()} == {"cpu"}
+    optimizer = adamw(theirs)
+    optimizer.load_state_dict(state)  # two steps on the devices, three on the CPU
+    train_on_cpu = Run(optimizer)
+    for tokens, targets in batches(3):
+        optimizer.zero_grad()
+        train_on_cpu.backward(nn.functional.cross_entropy(theirs(tokens)[:, -1], targets))
+        optimizer.step()
+    for a, b in zip(ours.parameters(), theirs.parameters(), strict=True):
+        assert torch.allclose(a, b, rtol=0, atol=1e-12)
+
+
+def test_values_that_somebody_writes_rest_where_the_row_says_once_settled() -> None:
+    model = net(torch.float32)
+    engine = XLAEngine(model, "fsdp")
+    before = engine.report().at_rest
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.copy_(torch.full(parameter.shape, 2.0))
+    engine.settle()
+    assert engine.report().at_rest == before
+    assert all(bool((parameter == 2).all()) for parameter in model.parameters())
+
+
 def test_a_batch_that_does_not_divide() -> None:
     engine = XLAEngine(nn.Linear(2, 2), "ddp")
     with pytest.raises(ValueError, match=r"multiple of the 4 XLA devices, got a tensor of shape \(6, 2\)"):

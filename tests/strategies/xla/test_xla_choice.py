@@ -1,0 +1,106 @@
+"""What of accel_xla needs no torch_xla: which strategy goes with which accelerator, and what is refused."""
+
+from __future__ import annotations
+
+from importlib.util import find_spec
+from typing import Any
+
+import lightning.pytorch as pl
+import pytest
+from lightning.pytorch.accelerators import AcceleratorRegistry, CPUAccelerator
+from lightning.pytorch.plugins.precision import DoublePrecision, HalfPrecision, MixedPrecision, Precision, XLAPrecision
+from lightning.pytorch.strategies import StrategyRegistry
+
+from lightning_accel.core.placement import ROWS
+from lightning_accel.plugins.xla_precision import suitable
+from lightning_accel.strategies import AccelFSDPStrategy, AccelXLAStrategy
+from lightning_accel.strategies.xla_choice import agreed
+
+
+def test_both_are_registered() -> None:
+    made = StrategyRegistry.get("accel_xla")
+    assert isinstance(made, AccelXLAStrategy)
+    assert made.row is ROWS["fsdp"]
+    assert "accel_xla" in AcceleratorRegistry.available_accelerators()
+
+
+@pytest.mark.parametrize("row", ROWS)
+def test_rows_are_chosen_by_name(row: str) -> None:
+    assert AccelXLAStrategy(row).row is ROWS[row]
+
+
+def test_other_strategies_choose_as_before() -> None:
+    for given in (("ddp", "cpu"), ("auto", "auto"), ("accel_fsdp", "auto"), (AccelFSDPStrategy(), "cuda")):
+        assert agreed(*given) == given
+
+
+def test_auto_follows_the_other() -> None:
+    strategy = AccelXLAStrategy()
+    assert agreed("accel_xla", "auto") == ("accel_xla", "accel_xla")
+    assert agreed("ACCEL_XLA", "accel_xla") == ("ACCEL_XLA", "accel_xla")
+    assert agreed(strategy, "auto") == (strategy, "accel_xla")
+    assert agreed("auto", "accel_xla") == ("accel_xla", "accel_xla")
+
+
+@pytest.mark.parametrize("accelerator", ["cpu", "gpu", "tpu", CPUAccelerator()])
+def test_the_strategy_on_another_accelerator(accelerator: Any) -> None:
+    for strategy in ("accel_xla", AccelXLAStrategy("zero2")):
+        with pytest.raises(ValueError, match=r"Expected accelerator='accel_xla' with strategy .*Leave the accelerator"):
+            pl.Trainer(strategy=strategy, accelerator=accelerator)
+
+
+def test_the_strategy_with_another_accelerator_of_its_own() -> None:
+    with pytest.raises(ValueError, match="Expected accelerator='accel_xla'.*got CPUAccelerator"):
+        pl.Trainer(strategy=AccelXLAStrategy(accelerator=CPUAccelerator()))
+
+
+@pytest.mark.parametrize("strategy", ["accel_fsdp", "ddp", AccelFSDPStrategy()])
+def test_another_strategy_on_the_accelerator(strategy: Any) -> None:
+    with pytest.raises(ValueError, match=r"Expected strategy='accel_xla' with accelerator 'accel_xla', got .*sharding"):
+        pl.Trainer(strategy=strategy, accelerator="accel_xla")
+
+
+def test_another_row_on_tpus() -> None:
+    with pytest.raises(ValueError, match="Expected strategy='accel_xla' with accelerator 'tpu', got 'accel_zero2'"):
+        pl.Trainer(strategy="accel_zero2", accelerator="tpu")
+    assert agreed("xla", "tpu") == ("xla", "tpu"), "Lightning's own"
+
+
+@pytest.mark.skipif(find_spec("torch_xla") is not None, reason="torch_xla is installed")
+@pytest.mark.parametrize("settings", [{"strategy": "accel_xla"}, {"accelerator": "accel_xla"}])
+def test_without_torch_xla_the_error_names_the_extra_and_the_versions(settings: dict[str, Any]) -> None:
+    with pytest.raises(ModuleNotFoundError, match=r"torch 2\.9\.x and torch_xla 2\.9\.0.*lightning-accel\[xla\]"):
+        pl.Trainer(**settings)
+
+
+def test_options_that_do_not_exist() -> None:
+    with pytest.raises(ValueError, match="Expected sharding to be one of 'ddp', .*got 'full'"):
+        AccelXLAStrategy("full")
+    with pytest.raises(ValueError, match="Expected shard_size with sharding='fsdp_hybrid' only, got 2 with 'fsdp'"):
+        AccelXLAStrategy("fsdp", shard_size=2)
+    with pytest.raises(TypeError, match="'shards_size' is unknown. Did you mean 'shard_size'"):
+        AccelXLAStrategy("fsdp_hybrid", shards_size=2)
+
+
+def test_precisions() -> None:
+    plain, half = Precision(), HalfPrecision("bf16-true")
+    assert suitable(plain) is plain
+    assert suitable(half) is half
+    mixed = suitable(MixedPrecision("bf16-mixed", device="cuda"))
+    assert isinstance(mixed, MixedPrecision)
+    assert mixed.device == "xla"
+
+
+@pytest.mark.parametrize(
+    "plugin", [DoublePrecision(), HalfPrecision("16-true"), MixedPrecision("16-mixed", device="cpu")]
+)
+def test_precisions_that_are_not_offered(plugin: Precision) -> None:
+    with pytest.raises(ValueError, match="Expected precision to be '32-true', 'bf16-mixed' or 'bf16-true'"):
+        AccelXLAStrategy(precision_plugin=plugin)
+
+
+def test_lightnings_plugin_for_its_own_xla_strategies_is_refused() -> None:
+    plugin = XLAPrecision.__new__(XLAPrecision)  # its constructor wants torch_xla
+    plugin.precision = "32-true"
+    with pytest.raises(ValueError, match=r"got '32-true' \(XLAPrecision\)"):
+        suitable(plugin)
