@@ -6,6 +6,7 @@ from lightning.pytorch.strategies import StrategyRegistry
 from lightning_accel.strategies import fabric
 from lightning_accel.strategies.auto import AccelAutoStrategy
 from lightning_accel.strategies.ddp import AccelDDPStrategy
+from lightning_accel.strategies.deepspeed_engine import AccelDeepSpeedStrategy
 from lightning_accel.strategies.float8 import offer_float8
 from lightning_accel.strategies.float16 import keep_float16_on_cpu
 from lightning_accel.strategies.fsdp import AccelFSDPStrategy
@@ -14,16 +15,23 @@ from lightning_accel.strategies.stock import teach
 from lightning_accel.strategies.trainer import AccelStrategy
 from lightning_accel.strategies.zero import AccelZeROStrategy
 
-__all__ = ["AccelAutoStrategy", "AccelDDPStrategy", "AccelFSDPStrategy", "AccelZeROStrategy", "register"]
+__all__ = [
+    "AccelAutoStrategy",
+    "AccelDDPStrategy",
+    "AccelDeepSpeedStrategy",
+    "AccelFSDPStrategy",
+    "AccelZeROStrategy",
+    "register",
+]
 
 
 def register() -> None:
     """Make the strategies' names known to the Trainer and to Fabric."""
-    for kind in (AccelDDPStrategy, AccelZeROStrategy, AccelFSDPStrategy, AccelAutoStrategy):
+    for kind in (AccelDDPStrategy, AccelZeROStrategy, AccelFSDPStrategy, AccelAutoStrategy, AccelDeepSpeedStrategy):
         kind.register_strategies(StrategyRegistry)
     for twin in (fabric.AccelDDPStrategy, fabric.AccelZeROStrategy, fabric.AccelFSDPStrategy):
         twin.register_strategies(STRATEGY_REGISTRY)
-    keep_float16_on_cpu(AccelStrategy, fabric.AccelFabricStrategy)
+    keep_float16_on_cpu((AccelStrategy, AccelDeepSpeedStrategy), (fabric.AccelFabricStrategy,))
     offer_float8(AccelStrategy, fabric.AccelFabricStrategy)
     teach()
     refuse(name for name in StrategyRegistry if name.startswith("accel_"))
