@@ -161,7 +161,9 @@ class AccelDeepSpeedStrategy(DDPStrategy):
             self._at_teardown.callback(os.environ.pop, "LOCAL_RANK", None)
         deepspeed = import_deepspeed(self.root_device)
         timeout = self._timeout or default_pg_timeout
-        deepspeed.init_distributed(self._process_group_backend, auto_mpi_discovery=False, verbose=False, timeout=timeout)
+        deepspeed.init_distributed(
+            self._process_group_backend, auto_mpi_discovery=False, verbose=False, timeout=timeout
+        )
 
     @override
     def setup(self, trainer: pl.Trainer) -> None:
@@ -183,7 +185,9 @@ class AccelDeepSpeedStrategy(DDPStrategy):
             self._require_trainable(trainer)
             self._file.steer(trainer, self.world_size)
             self.setup_optimizers(trainer)
-        self.setup_precision_plugin()
+        self.setup_precision_plugin()  # which wraps optimizers anew
+        for wrapper in self._lightning_optimizers:
+            wrapper.zero_grad = self._zero_grad  # type: ignore[method-assign]
 
     @override
     def setup_optimizers(self, trainer: pl.Trainer) -> None:
@@ -216,7 +220,6 @@ class AccelDeepSpeedStrategy(DDPStrategy):
         )
         self.model = self.engine
         optimizer = self.engine.basic_optimizer
-        optimizer.zero_grad = self._zero_grad
         self.optimizers = [optimizer]
         if is_files:
             self.lr_scheduler_configs = self._file.schedule(optimizer, module)
@@ -306,9 +309,7 @@ class AccelDeepSpeedStrategy(DDPStrategy):
         return {}
 
     @override
-    def save_checkpoint(
-        self, checkpoint: dict[str, Any], filepath: _PATH, storage_options: Any | None = None
-    ) -> None:
+    def save_checkpoint(self, checkpoint: dict[str, Any], filepath: _PATH, storage_options: Any | None = None) -> None:
         """Write a directory as DeepSpeed does, with the Trainer's state in it. All ranks take part.
 
         Raises:
@@ -318,8 +319,8 @@ class AccelDeepSpeedStrategy(DDPStrategy):
         filepath = str(self.broadcast(filepath))
         if self.engine is None:
             raise ValueError(
-                "Expected save_checkpoint during fit with strategy='accel_deepspeed', got it outside: DeepSpeed's engine"
-                " is gone. Use ModelCheckpoint, or call it in on_train_end."
+                "Expected save_checkpoint during fit with strategy='accel_deepspeed', got it outside: DeepSpeed's"
+                " engine is gone. Use ModelCheckpoint, or call it in on_train_end."
             )
         if storage_options is not None or "://" in filepath:
             raise ValueError(f"Expected a local path, to which DeepSpeed writes, got {filepath} and {storage_options}.")
