@@ -46,6 +46,7 @@ from lightning_accel.strategies.evenness import require_even
 from lightning_accel.strategies.failure import explain
 from lightning_accel.strategies.files import in_memory
 from lightning_accel.strategies.options import reject_unknown
+from lightning_accel.strategies.progress import Position, begin_epoch
 from lightning_accel.strategies.schedule import hold_schedules
 from lightning_accel.strategies.trainer import START_METHODS, fractional
 
@@ -115,6 +116,7 @@ class AccelDeepSpeedStrategy(DDPStrategy):
         self._backwards = 0  # since the last step
         self._step_was_skipped = False
         self._continues_from: Path | None = None
+        self._position: Position | None = None
         self._at_teardown = ExitStack()
         super().__init__(
             accelerator=accelerator,
@@ -254,6 +256,8 @@ class AccelDeepSpeedStrategy(DDPStrategy):
         trainer = self.lightning_module.trainer
         require_even(trainer)
         self._file.require_batches(trainer, self.world_size)
+        if self._position is not None and self._position.begins:
+            begin_epoch(trainer, self._position)
         size = samples_of_batch(trainer)
         if size is not None:
             self.engine.set_train_micro_batch_size(size)
@@ -365,10 +369,16 @@ class AccelDeepSpeedStrategy(DDPStrategy):
             )
         if folder is None:
             return super().load_checkpoint(checkpoint_path, weights_only)
+        checkpoint = open_deepspeed(folder, weights_only=weights_only is not False).nest
         if fitting:
             self._require_same_layout(folder, weights_only is not False)
             self._continues_from = folder
-        return open_deepspeed(folder, weights_only=weights_only is not False).nest
+            if "loops" in checkpoint:  # else the script of somebody else has written it
+                loops = checkpoint["loops"]["fit_loop"]
+                self._position = Position.of(loops)
+                if self._position.begins:  # see [Note: Lightning's restarts]
+                    self._position.write(loops)
+        return checkpoint
 
     def _require_same_layout(self, folder: Path, weights_only: bool) -> None:
         files = read_deepspeed(folder, weights_only=weights_only)
@@ -409,7 +419,7 @@ class AccelDeepSpeedStrategy(DDPStrategy):
     @override
     def teardown(self) -> None:
         self._at_teardown.close()
-        self._continues_from = None
+        self._continues_from = self._position = None
         if self.engine is not None:
             assert self._lent is not None
             self._lent.take_back(self.engine, abandon=self._failed)
