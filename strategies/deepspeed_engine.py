@@ -189,7 +189,7 @@ class AccelDeepSpeedStrategy(DDPStrategy):
             self.setup_optimizers(trainer)
         self.setup_precision_plugin()  # which wraps optimizers anew
         for wrapper in self._lightning_optimizers:
-            wrapper.zero_grad = self._zero_grad  # type: ignore[method-assign]
+            wrapper.zero_grad = self._zero_grad  # type: ignore[attr-defined]
 
     @override
     def setup_optimizers(self, trainer: pl.Trainer) -> None:
