@@ -8,6 +8,7 @@ from lightning_accel.plugins.xla_accelerator import AccelXLAAccelerator
 from lightning_accel.strategies import fabric
 from lightning_accel.strategies.auto import AccelAutoStrategy
 from lightning_accel.strategies.ddp import AccelDDPStrategy
+from lightning_accel.strategies.deepspeed_engine import AccelDeepSpeedStrategy
 from lightning_accel.strategies.float8 import offer_float8
 from lightning_accel.strategies.float16 import keep_float16_on_cpu
 from lightning_accel.strategies.fsdp import AccelFSDPStrategy
@@ -21,6 +22,7 @@ from lightning_accel.strategies.zero import AccelZeROStrategy
 __all__ = [
     "AccelAutoStrategy",
     "AccelDDPStrategy",
+    "AccelDeepSpeedStrategy",
     "AccelFSDPStrategy",
     "AccelXLAStrategy",
     "AccelZeROStrategy",
@@ -30,12 +32,19 @@ __all__ = [
 
 def register() -> None:
     """Make the names of strategies known to the Trainer and to Fabric, and of the accelerator to the Trainer."""
-    for kind in (AccelDDPStrategy, AccelZeROStrategy, AccelFSDPStrategy, AccelAutoStrategy, AccelXLAStrategy):
+    for kind in (
+        AccelDDPStrategy,
+        AccelZeROStrategy,
+        AccelFSDPStrategy,
+        AccelAutoStrategy,
+        AccelDeepSpeedStrategy,
+        AccelXLAStrategy,
+    ):
         kind.register_strategies(StrategyRegistry)
     for twin in (fabric.AccelDDPStrategy, fabric.AccelZeROStrategy, fabric.AccelFSDPStrategy):
         twin.register_strategies(STRATEGY_REGISTRY)
     AccelXLAAccelerator.register_accelerators(AcceleratorRegistry)
-    keep_float16_on_cpu(AccelStrategy, fabric.AccelFabricStrategy)
+    keep_float16_on_cpu((AccelStrategy, AccelDeepSpeedStrategy), (fabric.AccelFabricStrategy,))
     offer_float8(AccelStrategy, fabric.AccelFabricStrategy)
     join_xla()
     teach()

@@ -22,6 +22,7 @@ from lightning.pytorch.plugins.precision import Precision
 from lightning.pytorch.utilities.rank_zero import rank_zero_info, rank_zero_warn
 from torch import nn
 from torch.optim import Optimizer
+from torch.optim.lr_scheduler import LRScheduler
 from torch.utils._pytree import tree_leaves
 
 from lightning_accel.core import GradScaler
@@ -45,8 +46,10 @@ DeepSpeedFile: TypeAlias = str | Path | Mapping[str, Any]
 """A path to a DeepSpeed JSON file, or what would be in it."""
 
 _COMPUTES_IN = {"16": "fp16", "bf16": "bf16", "32": "fp32", "64": "fp64"}
-_PARTS = ("fp16.", "bf16.", "bfloat16.", "torch_autocast.")
-_BUCKETS = tuple(name for name in KEYS if name.endswith("_bucket_size"))
+PARTS = ("fp16.", "bf16.", "bfloat16.", "torch_autocast.")
+"""Keys that say what is computed in."""
+BUCKETS = tuple(name for name in KEYS if name.endswith("_bucket_size"))
+"""Keys that the model's width says."""
 _LOOPS_OWN = (
     *("train_batch_size", "train_micro_batch_size_per_gpu", "gradient_accumulation_steps", "gradient_clipping"),
     *("optimizer.type", "scheduler.type"),
@@ -83,6 +86,10 @@ class FromFile:
             )
         self._given = dict(arguments)
         self._sets_buckets = "bucket_cap_mb" not in arguments
+        self.tell_left_out()
+
+    def tell_left_out(self) -> None:
+        """Warn of the file's keys that are not taken over."""
         message = self.config.describe_left_out()
         if message is not None:
             rank_zero_warn(message)
@@ -137,7 +144,7 @@ class FromFile:
         if module is not None:
             self.config = self._begun
         if module is not None and self._sets_buckets:
-            self.config = fill(self.config, Known(ranks=1, hidden_size=_hidden_size(module)), _BUCKETS)
+            self.config = fill(self.config, Known(ranks=1, hidden_size=hidden_size(module)), BUCKETS)
         joined = bucket_cap_mb(self.config) if self._sets_buckets else options.bucket_cap_mb
         return replace(options, shard_size=self._meaning.shard_size, bucket_cap_mb=joined)
 
@@ -150,7 +157,7 @@ class FromFile:
         """
         name = str(plugin.precision)
         asked = _COMPUTES_IN.get(name.partition("-")[0], name)
-        self.config = self._begun = fill(self._read, Known(ranks=1, precision=asked), _PARTS)
+        self.config = self._begun = fill(self._read, Known(ranks=1, precision=asked), PARTS)
         given: GradScaler | None = self._given.get("grad_scaler")
         computing = Computing.of(self.config)
         if computing is None:
@@ -256,11 +263,9 @@ class FromFile:
             ValueError: It shows the sum.
 
         """
-        loaders = [leaf for leaf in tree_leaves(trainer.train_dataloader) if hasattr(leaf, "batch_sampler")]
-        found = {getattr(leaf.batch_sampler, "batch_size", None) or leaf.batch_size for leaf in loaders}
-        if len(found) != 1 or None in found or not trainer.lightning_module.automatic_optimization:
+        size = samples_of_batch(trainer)
+        if size is None or not trainer.lightning_module.automatic_optimization:
             return  # there is nothing to hold the file's sizes against
-        (size,) = found
         known = Known(ranks=ranks, micro_batch=size, accumulation=trainer.accumulate_grad_batches)
         self.config = fill(self.config, known, ("train_batch_size", "train_micro_batch_size_per_gpu"))
         train = self.config.given("train_batch_size")
@@ -289,7 +294,7 @@ class FromFile:
                 module.__dict__["configure_optimizers"] = own
 
     def _completed(self, returned: Any, module: pl.LightningModule) -> Any:
-        from lightning_accel.deepspeed_config.making import make_optimizer, make_scheduler
+        from lightning_accel.deepspeed_config.making import make_optimizer
 
         known = self._known_of(module)
         if returned is not None and "optimizer.type" in self.config:
@@ -310,10 +315,17 @@ class FromFile:
                 " the file's."
             )
             return returned
-        lr = optimizer.param_groups[0].get("lr")
-        self.config = fill(self.config, replace(known, lr=None if lr is None else float(lr)), "scheduler.")
-        schedule = make_scheduler(self.config, optimizer)
+        schedule = self._schedule_of(optimizer, module)
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
+
+    def _schedule_of(self, optimizer: Optimizer, module: pl.LightningModule) -> LRScheduler | None:
+        """The file's schedule, for an optimizer."""
+        from lightning_accel.deepspeed_config.making import make_scheduler
+
+        lr = optimizer.param_groups[0].get("lr")
+        known = replace(self._known_of(module), lr=None if lr is None else float(lr))
+        self.config = fill(self.config, known, "scheduler.")
+        return make_scheduler(self.config, optimizer)
 
     def _known_of(self, module: pl.LightningModule) -> Known:
         total: float | None = None
@@ -350,7 +362,7 @@ def _alone(returned: Any) -> Optimizer | None:
     return returned if isinstance(returned, Optimizer) else None
 
 
-def _hidden_size(module: nn.Module) -> int | None:
+def hidden_size(module: nn.Module) -> int | None:
     """How wide a model is, by its config, or that of a model within it (of Transformers, say)."""
     for part in module.modules():
         config = getattr(part, "config", None)
@@ -361,3 +373,10 @@ def _hidden_size(module: nn.Module) -> int | None:
             if isinstance(size, int):
                 return size
     return None
+
+
+def samples_of_batch(trainer: pl.Trainer) -> int | None:
+    """How many samples are in a batch of the training loader; None if it does not say, or there are several."""
+    loaders = [leaf for leaf in tree_leaves(trainer.train_dataloader) if hasattr(leaf, "batch_sampler")]
+    found = {getattr(leaf.batch_sampler, "batch_size", None) or leaf.batch_size for leaf in loaders}
+    return found.pop() if len(found) == 1 else None

@@ -26,13 +26,13 @@ _CHOOSE = "_check_and_init_precision"
 _MARK = "_keeps_float16_on_cpu"
 
 
-def keep_float16_on_cpu(trainers: type[Strategy], fabrics: type[FabricStrategy]) -> None:
+def keep_float16_on_cpu(trainers: tuple[type[Strategy], ...], fabrics: tuple[type[FabricStrategy], ...]) -> None:
     """Have 16-mixed stay fp16 on the CPU for strategies of these classes, and leave all others to Lightning."""
     _keep(_AcceleratorConnector, trainers, "_precision_flag", "_precision_plugin_flag", MixedPrecision)
     _keep(_Connector, fabrics, "_precision_input", "_precision_instance", FabricMixedPrecision)
 
 
-def _keep(connector: type, strategies: type, asked: str, given: str, plugin: Callable[..., Any]) -> None:
+def _keep(connector: type, strategies: tuple[type, ...], asked: str, given: str, plugin: Callable[..., Any]) -> None:
     choose = getattr(connector, _CHOOSE, None)
     if choose is None or getattr(choose, _MARK, False):
         return

@@ -14,6 +14,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
+import lightning.pytorch as pl
+
 _EPOCHS = "epoch_progress"
 _BATCHES = "epoch_loop.batch_progress"
 _VALIDATION = "epoch_loop.val_loop.batch_progress"
@@ -87,6 +89,23 @@ class Position:
         _set(validation["total"], validation["total"]["completed"])
         _set(validation["current"], 0)
         validation["is_last_batch"] = False
+
+
+def begin_epoch(trainer: pl.Trainer, position: Position) -> None:
+    """Have a fit that resumed where an epoch begins do so as after another epoch. Call as training starts.
+
+    Args:
+        trainer: The Trainer, whose loops were loaded from what ``position`` has written.
+        position: One that begins.
+
+    """
+    fit = trainer.fit_loop
+    fit._restarting = fit._resuming_from_checkpoint = False
+    fit.epoch_loop.restarting = False
+    if not position.is_closed:
+        fit.epoch_progress.current.completed -= 1  # which says what epoch is over
+        fit.epoch_loop.update_lr_schedulers("epoch", update_plateau_schedulers=True)
+        fit.epoch_progress.current.completed += 1
 
 
 def _set(counter: dict[str, int], done: int, *, begun: bool = False) -> None:

@@ -43,7 +43,7 @@ from lightning_accel.core.groups import absent_within
 from lightning_accel.strategies.logged import EpochLog, Snapshot
 from lightning_accel.strategies.places import Place, Places
 from lightning_accel.strategies.plan import KEY, VERSION, Plan
-from lightning_accel.strategies.progress import Position
+from lightning_accel.strategies.progress import Position, begin_epoch
 
 if TYPE_CHECKING:
     from lightning_accel.strategies.trainer import AccelStrategy
@@ -237,15 +237,9 @@ class Continuation:
 
     def _start_epoch(self, plan: Plan) -> None:
         """Have Lightning begin an epoch as it does after another: it makes the iterators then."""
-        fit = self._trainer.fit_loop
-        fit._restarting = fit._resuming_from_checkpoint = False
-        fit.epoch_loop.restarting = False
-        combined = fit._combined_loader
+        combined = self._trainer.fit_loop._combined_loader
         assert combined is not None
-        if not plan.position.is_closed:
-            fit.epoch_progress.current.completed -= 1  # which says what epoch is over
-            fit.epoch_loop.update_lr_schedulers("epoch", update_plateau_schedulers=True)
-            fit.epoch_progress.current.completed += 1
+        begin_epoch(self._trainer, plan.position)
         if plan.position.epoch == 0:
             return  # what they have made already is used
         for index, (loader, saved) in enumerate(zip(combined.flattened, plan.train)):  # noqa: B905

@@ -404,9 +404,7 @@ class AccelStrategy(SavingStrategy):
         self, tensor: Tensor | Any, group: Any | None = None, reduce_op: ReduceOp | str | None = "mean"
     ) -> Tensor | Any:
         """Reduce a tensor over ranks; the mean of integers is a fraction."""
-        mean = isinstance(reduce_op, str) and reduce_op.lower() in ("mean", "avg")
-        if mean and isinstance(tensor, Tensor) and not (tensor.is_floating_point() or tensor.is_complex()):
-            tensor = tensor.to(torch.get_default_dtype())
+        tensor = fractional(tensor, reduce_op)
         return super().reduce(tensor, group, reduce_op)
 
     # --------------------------------------------------------------------- end
@@ -476,3 +474,11 @@ class AccelStrategy(SavingStrategy):
 def _require_clipping(limit: float | None) -> None:
     if limit is not None and not limit >= 0:  # NaN is not, either
         raise ValueError(f"Expected gradient_clip_val to be positive, or None or 0 for no clipping, got {limit}.")
+
+
+def fractional(tensor: Tensor | Any, reduce_op: ReduceOp | str | None) -> Tensor | Any:
+    """A tensor that can hold the mean of what it is; other objects, and for other reductions, itself."""
+    mean = isinstance(reduce_op, str) and reduce_op.lower() in ("mean", "avg")
+    if mean and isinstance(tensor, Tensor) and not (tensor.is_floating_point() or tensor.is_complex()):
+        return tensor.to(torch.get_default_dtype())
+    return tensor

@@ -1,0 +1,57 @@
+"""Whether DeepSpeed is there, and set up for the device that is trained on. It is imported when an engine starts."""
+
+from __future__ import annotations
+
+import os
+from importlib.metadata import PackageNotFoundError, version
+from typing import Any
+
+import torch
+from packaging.version import Version
+
+LEAST = "0.19.8"
+"""The oldest version whose engine lets others count micro-batches as this package needs it."""
+
+
+def require_deepspeed() -> None:
+    """Raise unless a fitting DeepSpeed is installed.
+
+    Raises:
+        ModuleNotFoundError: If none or an older one is.
+
+    """
+    try:
+        found = version("deepspeed")
+    except PackageNotFoundError:
+        found = None
+    if found is None or Version(found) < Version(LEAST):
+        raise ModuleNotFoundError(
+            f"Expected the package deepspeed>={LEAST} for strategy='accel_deepspeed', found"
+            f" {'none' if found is None else found}. Install it (pip install 'lightning-accel[deepspeed]'), or use"
+            " AccelZeROStrategy(config=...), which runs a DeepSpeed file without it.",
+            name="deepspeed",
+        )
+
+
+def import_deepspeed(device: torch.device) -> Any:
+    """DeepSpeed, on a kind of device.
+
+    Args:
+        device: What is trained on. DeepSpeed guesses it for the whole process when it is first imported; on a machine
+            with a GPU it would not guess the CPU.
+
+    Raises:
+        RuntimeError: If it was imported already, and has guessed another.
+
+    """
+    os.environ.setdefault("DS_ACCELERATOR", device.type)
+    import deepspeed
+    from deepspeed.accelerator import get_accelerator
+
+    found = get_accelerator().device_name()
+    if found != device.type:
+        raise RuntimeError(
+            f"Expected DeepSpeed to be set up for {device.type}, which the Trainer trains on, got {found}. Set the"
+            f" environment variable DS_ACCELERATOR={device.type} before deepspeed is imported."
+        )
+    return deepspeed

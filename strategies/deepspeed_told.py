@@ -1,0 +1,208 @@
+"""What DeepSpeed's own engine is told: a file, with what the Trainer says where the file leaves it open.
+
+[Note: said once]
+Lightning divides each loss by ``accumulate_grad_batches`` and says when to step; DeepSpeed adds gradients up until then
+(``managed_gradient_accumulation: false``), and its ``backward`` divides by nothing. DeepSpeed alone clips, in its step,
+to the limit that the file or the Trainer gives. The Trainer and the file must agree, or one of them be silent. If both
+are, nothing is clipped.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any, cast
+
+import lightning.pytorch as pl
+import torch
+from lightning.pytorch.core.optimizer import _MockOptimizer
+from lightning.pytorch.plugins.precision import HalfPrecision, MixedPrecision, Precision
+from lightning.pytorch.utilities.types import LRSchedulerConfig
+from torch import nn
+from torch.optim import Optimizer
+from typing_extensions import override
+
+from lightning_accel.deepspeed_config import Batches, Computing, Known, fill, says_fp32
+from lightning_accel.deepspeed_config.values import AUTO
+from lightning_accel.strategies.deepspeed_file import BUCKETS, PARTS, DeepSpeedFile, FromFile, hidden_size
+
+PRECISIONS = {
+    "32-true": torch.float32,
+    "bf16-true": torch.bfloat16,
+    "bf16-mixed": torch.bfloat16,
+    "16-mixed": torch.float16,
+}
+"""What ``precision=`` may be, and what forward and backward compute in."""
+_PLUGINS = (Precision, HalfPrecision, MixedPrecision)
+_OTHER_PARALLELISM = ("tensor_parallel", "sequence_parallel_size", "data_parallel_size", "expert_parallel", "pipeline")
+_Z = "zero_optimization"
+
+
+class EngineFile(FromFile):
+    """A DeepSpeed file on its way to DeepSpeed.
+
+    Args:
+        source: The file; None for one that says the stage only.
+        stage: What the strategy was given. Default: what the file says, or 2 if there is none.
+
+    Raises:
+        FileNotFoundError: If there is no such file.
+        ValueError: If it cannot be read, has another stage, or asks for what a Trainer cannot give.
+
+    """
+
+    def __init__(self, source: DeepSpeedFile | None, stage: int | None) -> None:
+        if source is None:
+            source = {_Z: {"stage": 2 if stage is None else stage}}
+        super().__init__(source, stage, {})
+        config = self.config
+        if found := [name for name in config.values if name.partition(".")[0] in _OTHER_PARALLELISM]:
+            raise ValueError(
+                f"Expected a file for data parallelism in {config.where}, got {', '.join(found)}: a Trainer deals"
+                " different samples to all ranks. Leave them out."
+            )
+        if self.stage < 2 and config.given(f"{_Z}.overlap_comm") is True:
+            raise ValueError(
+                f"Expected {_Z}.overlap_comm to be false at stage {self.stage} in {config.where}, got true: DeepSpeed"
+                " overlaps there only if it counts micro-batches itself, and Lightning does. Leave it out."
+            )
+
+    @override
+    def tell_left_out(self) -> None:
+        """Nothing is: DeepSpeed gets every key."""
+
+    def computes_in(self, plugin: Precision) -> tuple[str, bool]:
+        """The precision, as the Trainer calls it, and whether DeepSpeed autocasts.
+
+        Args:
+            plugin: The Trainer's.
+
+        Raises:
+            ValueError: If there is no such precision in DeepSpeed, or the file contradicts it.
+
+        """
+        name = str(plugin.precision)
+        if type(plugin) not in _PLUGINS or name not in PRECISIONS:
+            given = repr(name) if type(plugin).__module__.startswith("lightning.") else type(plugin).__name__
+            raise ValueError(
+                f"Expected precision to be one of {', '.join(map(repr, PRECISIONS))} with strategy='accel_deepspeed',"
+                f" got {given}."
+            )
+        asked = {torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16"}[PRECISIONS[name]]
+        self.config = self._begun = fill(self._read, Known(ranks=1, precision=asked), PARTS)
+        computing = Computing.of(self.config)
+        if computing is None:
+            if asked != "fp32" and says_fp32(self.config):
+                raise self._conflict("precision", name, "fp16 and bf16 that are off")
+            return name, False
+        autocasts = self.config["torch_autocast.enabled"] is True
+        if asked == "fp32":
+            return ("16-mixed" if computing.name == "fp16" else "bf16-mixed"), autocasts
+        if asked != computing.name or (autocasts and not name.endswith("-mixed")):
+            raise self._conflict("precision", name, f"{computing.name}{' autocast' if autocasts else ''}")
+        return name, autocasts
+
+    @override
+    def steer(self, trainer: pl.Trainer, ranks: int) -> None:
+        """Have a Trainer accumulate as the file says, and see that both want the same clipping.
+
+        Args:
+            trainer: The Trainer, about to fit.
+            ranks: How many processes train.
+
+        Raises:
+            ValueError: If its own arguments contradict the file, or batch sizes do not add up.
+
+        """
+        self.config = self._begun
+        if trainer.gradient_clip_val and trainer.gradient_clip_algorithm == "value":
+            raise ValueError(
+                "Expected gradient_clip_algorithm='norm' with strategy='accel_deepspeed', got 'value': DeepSpeed clips"
+                " by norm only."
+            )
+        asked = self.config.given("gradient_accumulation_steps")
+        if trainer.lightning_module.automatic_optimization:
+            super().steer(trainer, ranks)
+        elif asked not in (None, 1):
+            raise ValueError(
+                f"Expected no gradient_accumulation_steps in {self.config.where} with manual optimization, got {asked}:"
+                " DeepSpeed steps whenever training_step does. Leave it out."
+            )
+
+    @override
+    def _clip(self, trainer: pl.Trainer) -> None:
+        if self.config.given("gradient_clipping") is not None:
+            super()._clip(trainer)
+
+    def told(self, trainer: pl.Trainer, ranks: int, module: nn.Module, precision: str) -> dict[str, Any]:
+        """What DeepSpeed is told, without an optimizer and a schedule. See [Note: said once].
+
+        Args:
+            trainer: The Trainer, about to fit, and steered.
+            ranks: How many processes train.
+            module: The model, whose width bucket sizes may be left to.
+            precision: What ``computes_in`` has returned.
+
+        Raises:
+            ValueError: If what is ``"auto"`` cannot be filled in.
+
+        """
+        automatic = trainer.lightning_module.automatic_optimization
+        self.config = fill(self.config, Known(ranks=1, hidden_size=hidden_size(module)), BUCKETS)
+        train, micro = (self.config.given(name) for name in ("train_batch_size", "train_micro_batch_size_per_gpu"))
+        if train is None and micro is None:
+            micro = 1  # until the loader is there: see `samples`
+        accumulation = trainer.accumulate_grad_batches if automatic else 1
+        sizes = Batches.of(ranks, train, micro, accumulation, self.config.where)
+        clipping = trainer.gradient_clip_val if automatic else self.config.given("gradient_clipping")
+        found = _nested({name: value for name, value in self.config.values.items() if value != AUTO})
+        for part in ("optimizer", "scheduler"):
+            found.pop(part, None)
+        found |= {
+            "train_batch_size": sizes.train,
+            "train_micro_batch_size_per_gpu": sizes.micro,
+            "gradient_accumulation_steps": sizes.accumulation,
+            "gradient_clipping": float(clipping or 0.0),
+            "managed_gradient_accumulation": False,
+        }
+        found.setdefault("zero_allow_untested_optimizer", True)
+        section = {torch.float16: "fp16", torch.bfloat16: "bf16"}.get(PRECISIONS[precision])
+        if section is not None and Computing.of(self.config) is None:
+            found[section] = {**found.get(section, {}), "enabled": True}
+        return found
+
+    def optimizer_section(self) -> dict[str, Any]:
+        """The file's ``"optimizer"``, filled in by ``configuring``."""
+        values = {name: value for name, value in self.config.values.items() if value != AUTO}
+        section: dict[str, Any] = _nested(values)["optimizer"]
+        return section
+
+    @override
+    def _completed(self, returned: Any, module: pl.LightningModule) -> Any:
+        if returned is not None:
+            return super()._completed(returned, module)
+        if "optimizer.type" not in self.config:
+            raise ValueError(
+                "Expected an optimizer for strategy='accel_deepspeed', got None from configure_optimizers and no"
+                f" optimizer in {self.config.where}. Return one, or name one in the file."
+            )
+        self.config = fill(self.config, self._known_of(module), "optimizer.")
+        return _MockOptimizer()  # DeepSpeed makes the file's
+
+    def schedule(self, optimizer: Optimizer, module: pl.LightningModule) -> list[LRSchedulerConfig]:
+        """The file's schedule for the file's optimizer, if it has one."""
+        if "scheduler.type" not in self.config:
+            return []
+        scheduler = self._schedule_of(optimizer, module)
+        return [LRSchedulerConfig(cast(Any, scheduler), interval="step")]
+
+
+def _nested(values: Mapping[str, Any]) -> dict[str, Any]:
+    """Sections within sections, as in a file."""
+    found: dict[str, Any] = {}
+    for name, value in values.items():
+        *sections, own = name.split(".")
+        place = found
+        for section in sections:
+            place = place.setdefault(section, {})
+        place[own] = value
+    return found

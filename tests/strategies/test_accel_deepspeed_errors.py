@@ -1,0 +1,167 @@
+"""What accel_deepspeed says before DeepSpeed is asked: DeepSpeed need not be installed for these."""
+
+from __future__ import annotations
+
+from importlib.metadata import PackageNotFoundError
+from pathlib import Path
+from typing import Any
+from unittest.mock import patch
+
+import lightning.pytorch as pl
+import pytest
+import torch
+from lightning.pytorch.plugins.precision import DeepSpeedPrecision
+from lightning.pytorch.strategies import StrategyRegistry
+from models import Regression
+
+from lightning_accel.strategies import AccelDeepSpeedStrategy, deepspeed_installed
+from lightning_accel.strategies.deepspeed_precision import EnginePrecision
+from lightning_accel.strategies.deepspeed_told import EngineFile
+
+
+@pytest.fixture
+def installed() -> Any:
+    """Has the strategy believe that DeepSpeed is there."""
+    with patch.object(deepspeed_installed, "version", lambda _: "0.19.8"):
+        yield
+
+
+def trainer(strategy: Any = "accel_deepspeed", **arguments: Any) -> pl.Trainer:
+    quiet = {"logger": False, "enable_checkpointing": False, "enable_progress_bar": False}
+    return pl.Trainer(accelerator="cpu", devices=1, strategy=strategy, **quiet, **arguments)
+
+
+def test_without_deepspeed_the_strategy_says_what_to_install() -> None:
+    def missing(name: str) -> str:
+        raise PackageNotFoundError(name)
+
+    with patch.object(deepspeed_installed, "version", missing):
+        for make in (AccelDeepSpeedStrategy, trainer):
+            with pytest.raises(ModuleNotFoundError, match=r"deepspeed>=0\.19\.8 .* found none.*lightning-accel\[deep"):
+                make()
+    with (
+        patch.object(deepspeed_installed, "version", lambda _: "0.18.2"),
+        pytest.raises(ModuleNotFoundError, match="0.18.2"),
+    ):
+        AccelDeepSpeedStrategy()
+
+
+def test_names() -> None:
+    for suffix in ("", "_spawn", "_fork", "_notebook"):
+        assert f"accel_deepspeed{suffix}" in StrategyRegistry
+
+
+@pytest.mark.usefixtures("installed")
+def test_files_and_stages(tmp_path: Path) -> None:
+    assert AccelDeepSpeedStrategy().stage == 2
+    assert AccelDeepSpeedStrategy(config={"zero_optimization": {"stage": 3}}).stage == 3
+    path = tmp_path / "ds.json"
+    with pytest.raises(FileNotFoundError, match="there is none"):
+        AccelDeepSpeedStrategy(config=path)
+    path.write_text('{\n  "zero_optimization": {"stage": 2},\n}')
+    with pytest.raises(ValueError, match="line 3, column 1|line 2, column"):
+        AccelDeepSpeedStrategy(config=path)
+    refused: list[tuple[dict[str, Any], str]] = [
+        ({"stage": 4}, "from 0 to 3, got 4"),
+        ({"stage": 1, "config": {"zero_optimization": {"stage": 2}}}, "got stage=1 and zero_optimization.stage 2"),
+        ({"config": {"gradient_cliping": 1}}, "did you mean 'gradient_clipping'"),
+        ({"config": {"tensor_parallel": {"autotp_size": 2}}}, "data parallelism"),
+        ({"config": {"zero_optimization": {"stage": 1, "overlap_comm": True}}}, "overlap_comm to be false at stage 1"),
+        ({"start_method": "thread"}, "'popen', 'spawn' or 'fork'"),
+    ]
+    for arguments, message in refused:
+        with pytest.raises(ValueError, match=message):
+            AccelDeepSpeedStrategy(**arguments)
+    with pytest.raises(TypeError, match="stages"):
+        AccelDeepSpeedStrategy(stages=2)
+
+
+@pytest.mark.usefixtures("installed")
+def test_precision() -> None:
+    for name, dtype in (("32-true", torch.float32), ("bf16-true", torch.bfloat16), ("bf16-mixed", torch.bfloat16)):
+        plugin = trainer(precision=name).precision_plugin
+        assert isinstance(plugin, EnginePrecision)
+        assert plugin.convert_input(torch.zeros(1)).dtype is dtype
+        weight = plugin.convert_module(torch.nn.Linear(1, 1)).weight
+        assert weight.dtype is (torch.bfloat16 if name == "bf16-true" else torch.float32)
+    assert trainer(AccelDeepSpeedStrategy(config={"bf16": {"enabled": True}})).precision == "bf16-mixed"
+    assert trainer(AccelDeepSpeedStrategy(config={"bf16": {"enabled": "auto"}})).precision == "32-true"
+    autocast = trainer(AccelDeepSpeedStrategy(config={"torch_autocast": {"enabled": True}})).precision_plugin
+    assert autocast.convert_input(torch.zeros(1)).dtype is torch.float32
+    with pytest.raises(ValueError, match="fp16, which DeepSpeed has for CUDA only"):
+        trainer(precision="16-mixed")
+    with pytest.raises(ValueError, match="fp16, which DeepSpeed has for CUDA only"):
+        trainer(AccelDeepSpeedStrategy(config={"fp16": {"enabled": True}}))
+    with pytest.raises(ValueError, match="one of '32-true', .* got '64-true'"):
+        trainer(precision="64-true")
+    with pytest.raises(ValueError, match="got '32-true'|got 'DeepSpeed"):
+        trainer(plugins=[DeepSpeedPrecision("32-true")])
+    with pytest.raises(ValueError, match="got 'bf16-mixed' and fp16 in config"):
+        trainer(AccelDeepSpeedStrategy(config={"fp16": {"enabled": True}}), precision="bf16-mixed")
+
+
+def told(config: dict[str, Any] | None, precision: str = "32-true", **arguments: Any) -> dict[str, Any]:
+    """What DeepSpeed would be told on two ranks."""
+    used = pl.Trainer(accelerator="cpu", devices=1, logger=False, enable_checkpointing=False, **arguments)
+    module = Regression()
+    used.strategy.connect(module)
+    file = EngineFile(config, None)
+    plugin = trainer("auto", precision=precision).precision_plugin
+    name, _ = file.computes_in(plugin)
+    file.steer(used, 2)
+    return file.told(used, 2, module, name)
+
+
+def test_what_deepspeed_is_told() -> None:
+    silent = told(None)
+    assert silent == {
+        "zero_optimization": {"stage": 2},
+        "train_batch_size": 2,
+        "train_micro_batch_size_per_gpu": 1,
+        "gradient_accumulation_steps": 1,
+        "gradient_clipping": 0.0,  # DeepSpeed's own default is 1.0
+        "managed_gradient_accumulation": False,
+        "zero_allow_untested_optimizer": True,
+    }
+    config = {
+        "train_batch_size": 24,
+        "gradient_accumulation_steps": "auto",
+        "gradient_clipping": "auto",
+        "zero_optimization": {
+            "stage": 3,
+            "overlap_comm": "auto",
+            "offload_param": {"device": "nvme", "nvme_path": "/x"},
+        },
+        "aio": {"block_size": 8},
+        "optimizer": {"type": "AdamW", "params": {"lr": "auto"}},
+    }
+    found = told(config, "bf16-mixed", accumulate_grad_batches=3, gradient_clip_val=0.5)
+    assert found["zero_optimization"] == {"stage": 3, "offload_param": {"device": "nvme", "nvme_path": "/x"}}
+    assert (found["train_batch_size"], found["train_micro_batch_size_per_gpu"]) == (24, 4)
+    assert (found["gradient_accumulation_steps"], found["gradient_clipping"]) == (3, 0.5)
+    assert found["bf16"] == {"enabled": True}
+    assert found["aio"] == {"block_size": 8}
+    assert "optimizer" not in found
+
+
+def test_the_file_and_the_trainer_must_agree() -> None:
+    assert told({"gradient_clipping": 0.5}, gradient_clip_val=0.5)["gradient_clipping"] == 0.5
+    assert told({"gradient_accumulation_steps": 3})["gradient_accumulation_steps"] == 3
+    refused: list[tuple[dict[str, Any], dict[str, Any], str]] = [
+        ({"gradient_clipping": 1.0}, {"gradient_clip_val": 0.5}, "gradient_clip_val=0.5"),
+        ({"gradient_accumulation_steps": 2}, {"accumulate_grad_batches": 4}, "accumulate_grad_batches=4"),
+        ({"train_batch_size": 33, "gradient_accumulation_steps": 2}, {}, "got 33"),
+        ({}, {"gradient_clip_val": 0.5, "gradient_clip_algorithm": "value"}, "by norm only"),
+        ({"zero_optimization": {"reduce_bucket_size": "auto"}}, {}, "hidden_size"),
+    ]
+    for config, arguments, message in refused:
+        with pytest.raises(ValueError, match=message):
+            told(config, **arguments)
+
+
+@pytest.mark.usefixtures("installed")
+def test_saving_outside_of_fit() -> None:
+    used = trainer()
+    used.strategy.connect(Regression())
+    with pytest.raises(ValueError, match="during fit"):
+        used.strategy.save_checkpoint({}, "x.ckpt")
