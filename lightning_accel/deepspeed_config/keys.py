@@ -213,7 +213,9 @@ _SHOWN = "the engine's report (bytes at rest, the last step's messages) is shown
 _honoured("memory_breakdown", _SHOWN, FLAG, False)
 _honoured("comms_logger.enabled", _SHOWN, FLAG, False)
 _no_consequence("all operations are counted, on every rank", "comms_logger", "verbose prof_all prof_ops debug")
-_TIMES = "the engine's report has bytes and messages, no times and FLOPs: Trainer(profiler=...) or Accelerator.profile()"
+_TIMES = (
+    "the engine's report has bytes and messages, no times and FLOPs: Trainer(profiler=...) or Accelerator.profile()"
+)
 _not_offered(_TIMES, "", "wall_clock_breakdown", FLAG)
 _not_offered(
     _TIMES,

@@ -36,8 +36,8 @@ from lightning_accel.manual.seeding import set_seed
 from lightning_accel.manual.states import Prepared, States
 from lightning_accel.manual.tracking import Trackers
 from lightning_accel.manual.watching import LoaderWatch
-from lightning_accel.strategies.engine_module import EngineModule
 from lightning_accel.strategies.deepspeed_file import DeepSpeedFile
+from lightning_accel.strategies.engine_module import EngineModule
 from lightning_accel.strategies.fabric import AccelFabricStrategy, AccelZeROStrategy
 
 

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
-from typing import Any
 
 import pytest
 import yaml
@@ -228,7 +226,10 @@ def test_what_yaml_and_accelerate_write_in_other_ways(tmp_path: Path) -> None:
         (base("MULTI_GPU") + "num_procesess: 3\n", "got 'num_procesess' (did you mean 'num_processes'?)"),
         (base("FSDP") + "fsdp_config: {fsdp_sharding_strategy: HALF}\n", "to be one of FULL_SHARD, SHARD_GRAD_OP"),
         (base("DEEPSPEED") + "deepspeed_config: {zero_stage: 4}\n", "Expected zero_stage 0 to 3"),
-        (base("DEEPSPEED") + "deepspeed_config: {deepspeed_config_file: [a]}\n", "Expected deepspeed_config to be text"),
+        (
+            base("DEEPSPEED") + "deepspeed_config: {deepspeed_config_file: [a]}\n",
+            "Expected deepspeed_config to be text",
+        ),
         (base("FSDP") + "fsdp_config: 3\n", "Expected names and values as fsdp_config"),
         (base("FSDP") + "parallelism_config: {parallelism_config_tp_size: 2}\n", "tensor, context and sequence"),
     ],
