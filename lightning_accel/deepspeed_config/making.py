@@ -77,7 +77,7 @@ def _muon(settings: dict[str, Any], trained: _Named, where: str, given: Mapping[
         is_matrix = parameter.dim() >= 2 and not any(word in called.lower() for word in ("embed", "lm_head"))
         if is_matrix and parameter.dim() > 2:
             raise ValueError(
-                f"Expected matrices, and vectors beside them, for the optimizer Muon of {where}, got {called!r} of shape"
+                f"Expected matrices, and vectors beside them, for Muon of {where}, got {called!r}, of shape"
                 f" {tuple(parameter.shape)}, which torch.optim.Muon does not take. Choose another optimizer in the"
                 " file, or return one from configure_optimizers."
             )

@@ -66,7 +66,7 @@ def test_muon_takes_matrices_and_adam_the_rest() -> None:
     assert rates == [0.02, 3e-4]  # DeepSpeed's
     assert [group["lr"] for group in make("Muon", module, muon_lr=0.5, adam_lr=0.4).param_groups] == [0.5, 0.4]
     assert "decoupled_weight_decay" not in make("Muon", nn.Linear(2, 3, bias=False)).param_groups[0]
-    with pytest.raises(ValueError, match=r"got 'weight' of shape \(2, 1, 3, 3\)"):
+    with pytest.raises(ValueError, match=r"got 'weight', of shape \(2, 1, 3, 3\)"):
         make("Muon", nn.Conv2d(1, 2, 3))
     with pytest.raises(ValueError, match="per_head_muon in config to be false"):
         make("Muon", module, per_head_muon=True)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 import warnings
 from pathlib import Path
@@ -89,14 +90,33 @@ def assert_same(found: dict[str, Tensor], expected: dict[str, Tensor]) -> None:
     torch.testing.assert_close(found, expected, rtol=1e-9, atol=1e-12)
 
 
-@pytest.mark.parametrize("stage", [0, 2, 3])
-@pytest.mark.parametrize("clip", [None, 0.1, float("inf")])
+@pytest.mark.parametrize(
+    ("stage", "clip"),
+    [
+        (0, None),
+        (2, 0.1),
+        (3, math.inf),
+        *(
+            pytest.param(stage, clip, marks=pytest.mark.matrix)
+            for stage, clip in [
+                (0, 0.1),
+                (0, math.inf),
+                (1, None),
+                (1, 0.1),
+                (2, None),
+                (2, math.inf),
+                (3, None),
+                (3, 0.1),
+            ]
+        ),
+    ],
+)
 def test_the_file_is_followed_and_clips_once(ranks2: Ranks, stage: int, clip: float | None) -> None:
     """With or without clip_grad_norm_ in the loop; a schedule counts optimizer steps on any number of ranks."""
     expected, rates = alone(0.1)
     for found, told in ranks2.run(train, {**FILE, "zero_optimization": {"stage": stage}}, clip=clip):
         assert_same(found, expected)
-        assert (told["row"], told["steps"]) == ({0: "ddp", 2: "zero2", 3: "fsdp"}[stage], 2)
+        assert (told["row"], told["steps"]) == ({0: "ddp", 1: "zero1", 2: "zero2", 3: "fsdp"}[stage], 2)
         assert told["rates"] == pytest.approx(rates)
         assert len(told["norms"]) == (0 if clip is None else 2)
 
@@ -238,6 +258,34 @@ def test_who_says_the_strategy() -> None:
         choose_strategy("ddp", None, {"ACCEL_DEEPSPEED_CONFIG": "ds.json"})
     with pytest.raises(FileNotFoundError, match="there is none"):
         choose_strategy(None, "nowhere.json", {})
+
+
+def contradicts_later() -> None:
+    accelerator = Accelerator(deepspeed_config={"gradient_accumulation_steps": 2, "gradient_clipping": 1}, cpu=True)
+    net = Net()
+    model, optimizer = accelerator.prepare(net, torch.optim.SGD(net.parameters(), lr=0.1))
+    with pytest.raises(ValueError, match="Expected gradient_accumulation_steps to be said once, got 3 and 2 batches"):
+        accelerator.gradient_accumulation_steps = 3
+    with pytest.raises(ValueError, match="got 'clip_grad_value_' and gradient_clipping 1.0 by norm"):
+        accelerator.clip_grad_value_(model.parameters(), 0.1)
+    with pytest.raises(ValueError, match="Expected a step without a closure"):
+        optimizer.step(lambda: 0.0)
+
+
+def test_contradictions_in_the_loop(ranks2: Ranks) -> None:
+    ranks2.run(contradicts_later)
+
+
+def options_beside_the_file() -> tuple[str, float]:
+    strategy = twins.AccelZeROStrategy(config={"zero_optimization": {"stage": 1}}, bucket_cap_mb=7.0)
+    accelerator = Accelerator(strategy=strategy, cpu=True)
+    said = said_by(lambda: accelerator.prepare(Net()))
+    assert not any("left to the loop" in line for line in said)
+    return strategy.row.name, strategy._options.bucket_cap_mb
+
+
+def test_a_strategy_with_a_file_is_the_same(ranks2: Ranks) -> None:
+    assert ranks2.run(options_beside_the_file) == [("zero1", 7.0)] * 2
 
 
 def without_a_file() -> str:
