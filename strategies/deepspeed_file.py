@@ -25,7 +25,7 @@ from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 from torch.utils._pytree import tree_leaves
 
-from lightning_accel.core import GradScaler
+from lightning_accel.core import Engine, GradScaler
 from lightning_accel.core.placement import Row, find_row
 from lightning_accel.deepspeed_config import (
     Batches,
@@ -86,6 +86,7 @@ class FromFile:
             )
         self._given = dict(arguments)
         self._sets_buckets = "bucket_cap_mb" not in arguments
+        self._steps = 0
         self.tell_left_out()
 
     def tell_left_out(self) -> None:
@@ -94,7 +95,8 @@ class FromFile:
         if message is not None:
             rank_zero_warn(message)
 
-    def _conflict(self, name: str, ours: object, theirs: str) -> ValueError:
+    def conflict(self, name: str, ours: object, theirs: str) -> ValueError:
+        """The error of something that is said twice, and differently."""
         return ValueError(
             f"Expected {name} to be said once, got {ours!r} and {theirs} in {self.config.where}. Leave one of them out."
         )
@@ -125,7 +127,7 @@ class FromFile:
             if value is None:
                 continue
             if found.get(name, value) != value and not (name == "activation_checkpointing" and found[name]):
-                raise self._conflict(name, found[name], repr(value))
+                raise self.conflict(name, found[name], repr(value))
             found.setdefault(name, value)
         return found
 
@@ -162,13 +164,13 @@ class FromFile:
         computing = Computing.of(self.config)
         if computing is None:
             if says_fp32(self.config) and asked in ("fp16", "bf16"):
-                raise self._conflict("precision", name, "fp16 and bf16 that are off")
+                raise self.conflict("precision", name, "fp16 and bf16 that are off")
             return plugin, given
         is_default = type(plugin) in (Precision, FabricPrecision)
         if not is_default and (asked != computing.name or not name.endswith("-mixed")):
-            raise self._conflict("precision", name, f"{computing.name} with fp32 master values")
+            raise self.conflict("precision", name, f"{computing.name} with fp32 master values")
         if given is not None and computing.name == "fp16":
-            raise self._conflict("the loss scale", "grad_scaler", "fp16")
+            raise self.conflict("the loss scale", "grad_scaler", "fp16")
         scaler = given or grad_scaler(self.config, computing.name)
         if is_default:
             return AccelPrecision(compute=computing.dtype, autocast=computing.autocast), scaler
@@ -194,11 +196,22 @@ class FromFile:
             ranks=ranks, accumulation=trainer.accumulate_grad_batches, clipping=trainer.gradient_clip_val or 0.0
         )
         self.config = fill(self.config, known, ("gradient_accumulation_steps", "gradient_clipping"))
-        self._accumulate(trainer, ranks)
+        trainer.accumulate_grad_batches = self.accumulation(trainer.accumulate_grad_batches, ranks)
         self._clip(trainer)
 
-    def _accumulate(self, trainer: pl.Trainer, ranks: int) -> None:
-        config, ours = self.config, trainer.accumulate_grad_batches
+    def accumulation(self, ours: int, ranks: int, name: str = "accumulate_grad_batches") -> int:
+        """How many micro-batches make a step.
+
+        Args:
+            ours: What the loop was given; 1 counts as silence.
+            ranks: How many processes train.
+            name: Of the loop's argument, for messages.
+
+        Raises:
+            ValueError: If batch sizes do not add up, or the argument contradicts the file.
+
+        """
+        config = fill(self.config, Known(ranks=ranks, accumulation=ours), "gradient_accumulation_steps")
         train, micro = config.given("train_batch_size"), config.given("train_micro_batch_size_per_gpu")
         asked = config.given("gradient_accumulation_steps")
         if asked is None and (train is None or micro is None) and ours != 1:
@@ -206,10 +219,10 @@ class FromFile:
         if train is not None or micro is not None:
             asked = Batches.of(ranks, train, micro, asked, config.where).accumulation
         if asked is None:
-            return
+            return ours
         if ours not in (1, asked):
-            raise self._conflict("accumulation", f"accumulate_grad_batches={ours}", f"{asked} batches for each step")
-        trainer.accumulate_grad_batches = asked
+            raise self.conflict("accumulation", f"{name}={ours}", f"{asked} batches for each step")
+        return asked
 
     def _clip(self, trainer: pl.Trainer) -> None:
         limit, ours = self.config.given("gradient_clipping"), trainer.gradient_clip_val
@@ -222,9 +235,9 @@ class FromFile:
                 " gradient_clipping is not given. Write 0 into the file, or say Trainer(gradient_clip_val=0), for none."
             )
         if ours is not None and ours != limit:
-            raise self._conflict("clipping", f"gradient_clip_val={ours}", f"gradient_clipping {limit}")
+            raise self.conflict("clipping", f"gradient_clip_val={ours}", f"gradient_clipping {limit}")
         if limit and trainer.gradient_clip_algorithm == "value":
-            raise self._conflict("clipping", "gradient_clip_algorithm='value'", f"gradient_clipping {limit} by norm")
+            raise self.conflict("clipping", "gradient_clip_algorithm='value'", f"gradient_clipping {limit} by norm")
         trainer.gradient_clip_val = limit
 
     def leave_to_loop(self, whose: str, ranks: int | None = None) -> None:
@@ -253,8 +266,15 @@ class FromFile:
 
     @property
     def shows_report(self) -> bool:
-        """Whether bytes and messages are to be shown at the end of a fit."""
+        """Whether bytes and messages are to be shown: at the end of a fit, and every ``steps_per_print`` steps."""
         return self.config["comms_logger.enabled"] is True or self.config["memory_breakdown"] is True
+
+    def note_step(self, engine: Engine) -> None:
+        """Show an engine's report after an optimizer step, if it is time: every ``steps_per_print`` steps."""
+        self._steps += 1
+        every = self.config.given("steps_per_print")
+        if self.shows_report and every is not None and self._steps % every == 0:
+            rank_zero_info(str(engine.report()))
 
     def require_batches(self, trainer: pl.Trainer, ranks: int) -> None:
         """Raise if the DataLoader's batches are not those of the file.
@@ -266,16 +286,29 @@ class FromFile:
         size = samples_of_batch(trainer)
         if size is None or not trainer.lightning_module.automatic_optimization:
             return  # there is nothing to hold the file's sizes against
-        known = Known(ranks=ranks, micro_batch=size, accumulation=trainer.accumulate_grad_batches)
-        self.config = fill(self.config, known, ("train_batch_size", "train_micro_batch_size_per_gpu"))
-        train = self.config.given("train_batch_size")
-        micro = self.config.given("train_micro_batch_size_per_gpu")
+        self.require_size(size, trainer.accumulate_grad_batches, ranks)
+
+    def require_size(self, size: int, accumulation: int, ranks: int) -> None:
+        """Raise if batches are not those of the file.
+
+        Args:
+            size: Samples of a rank's batch.
+            accumulation: Batches of a step.
+            ranks: How many processes train.
+
+        Raises:
+            ValueError: It shows the sum.
+
+        """
+        known = Known(ranks=ranks, micro_batch=size, accumulation=accumulation)
+        config = fill(self.config, known, ("train_batch_size", "train_micro_batch_size_per_gpu"))
+        train, micro = config.given("train_batch_size"), config.given("train_micro_batch_size_per_gpu")
         if train is None and micro is None:
             return
-        sizes = Batches.of(ranks, train, micro, trainer.accumulate_grad_batches, self.config.where)
+        sizes = Batches.of(ranks, train, micro, accumulation, config.where)
         if sizes.micro != size:
             raise ValueError(
-                f"Expected batches of {sizes.micro} samples, as {self.config.where} says ({sizes.train} ="
+                f"Expected batches of {sizes.micro} samples, as {config.where} says ({sizes.train} ="
                 f" {sizes.micro} × {sizes.accumulation} × {ranks}), got a DataLoader with batch_size={size}"
                 f" ({size} × {sizes.accumulation} × {ranks} = {size * sizes.accumulation * ranks})."
             )

@@ -92,13 +92,13 @@ class EngineFile(FromFile):
         computing = Computing.of(self.config)
         if computing is None:
             if asked != "fp32" and says_fp32(self.config):
-                raise self._conflict("precision", name, "fp16 and bf16 that are off")
+                raise self.conflict("precision", name, "fp16 and bf16 that are off")
             return name, False
         autocasts = self.config["torch_autocast.enabled"] is True
         if asked == "fp32":
             return ("16-mixed" if computing.name == "fp16" else "bf16-mixed"), autocasts
         if asked != computing.name or (autocasts and not name.endswith("-mixed")):
-            raise self._conflict("precision", name, f"{computing.name}{' autocast' if autocasts else ''}")
+            raise self.conflict("precision", name, f"{computing.name}{' autocast' if autocasts else ''}")
         return name, autocasts
 
     @override

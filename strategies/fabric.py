@@ -383,6 +383,16 @@ class AccelZeROStrategy(AccelFabricStrategy):
             super().__init__(self._file.row, **self._file.arguments)
             self._options = self._file.lay_out(self._options, None)
 
+    @property
+    def has_file(self) -> bool:
+        """Whether there is a ``config``."""
+        return self._file is not None
+
+    def take_file(self) -> FromFile | None:
+        """What ``config`` says, for a loop that does its part of it: no warning says any more that it is left to it."""
+        self._was_told = True
+        return self._file
+
     @override
     def _choose_precision(self, precision: Precision) -> Precision:
         if self._file is None:

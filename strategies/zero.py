@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
@@ -9,6 +10,7 @@ import lightning.pytorch as pl
 from lightning.pytorch.plugins.precision import Precision
 from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities.rank_zero import rank_zero_info
+from torch.optim import Optimizer
 from typing_extensions import override
 
 from lightning_accel.core.placement import Row, find_row
@@ -50,6 +52,11 @@ class AccelZeROStrategy(AccelStrategy):
             super().__init__(self._file.row, **self._file.arguments)
             self._options = self._file.lay_out(self._options, None)
 
+    @property
+    def has_file(self) -> bool:
+        """Whether there is a ``config``."""
+        return self._file is not None
+
     @override
     def _choose_precision(self, plugin: Precision) -> Precision:
         if self._file is None:
@@ -80,6 +87,14 @@ class AccelZeROStrategy(AccelStrategy):
         if self._file is not None:
             self._file.require_batches(self.lightning_module.trainer, self.world_size)
         super().on_train_start()
+
+    @override
+    def optimizer_step(self, optimizer: Optimizer, closure: Callable[[], Any], *args: Any, **kwargs: Any) -> Any:
+        result = super().optimizer_step(optimizer, closure, *args, **kwargs)
+        if self._file is not None:
+            assert self.engine is not None
+            self._file.note_step(self.engine)
+        return result
 
     @override
     def on_train_end(self) -> None:

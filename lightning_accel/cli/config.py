@@ -94,6 +94,9 @@ def _asked(settings: LaunchSettings, gpus: int) -> LaunchSettings:
         gpu_ids = _ask(settings, "gpu_ids", "Which GPUs of this machine: all, or numbers such as 0,1", str)
         settings = replace(settings, gpu_ids=gpu_ids)
     suggested = machines * (gpus if not cpu and gpus else 1)
+    # Without a strategy, which would contradict a file before its question is answered.
+    path = _ask(replace(settings, strategy=None), "deepspeed_config", "DeepSpeed's JSON file, if there is one", _file)
+    settings = replace(settings, strategy=settings.strategy if path is None else None, deepspeed_config=path)
     questions: list[tuple[str, str, Callable[[str], Any], Any]] = [
         ("num_processes", "Ranks on all machines together", int, suggested),
         ("strategy", "Strategy, such as accel_ddp, accel_zero2 or accel_fsdp; none leaves it to the script", str, None),
@@ -102,8 +105,20 @@ def _asked(settings: LaunchSettings, gpus: int) -> LaunchSettings:
         ("max_restarts", "How often to start the ranks again after one has failed", int, None),
     ]
     for name, question, kind, shown in questions:
+        if name == "strategy" and path is not None:
+            continue  # the file says it
         settings = replace(settings, **{name: _ask(settings, name, question, kind, shown)})
     return settings
+
+
+def _file(answer: str) -> str:
+    from lightning_accel.launching.deepspeed import absolute, require_sound
+
+    try:
+        require_sound(answer)
+    except FileNotFoundError as error:
+        raise ValueError(str(error)) from error
+    return absolute(answer)
 
 
 def _ask(settings: LaunchSettings, name: str, question: str, kind: Callable[[str], Any], shown: Any = None) -> Any:

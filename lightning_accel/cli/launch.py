@@ -115,6 +115,17 @@ def launch(
             rich_help_panel="How",
         ),
     ] = None,
+    deepspeed_config: Annotated[
+        str | None,
+        typer.Option(
+            "--deepspeed_config",
+            "--deepspeed_config_file",
+            help="A DeepSpeed JSON file instead of --strategy (Accelerator, and Trainer and Fabric without a strategy"
+            " of their own): strategy, precision, clipping, accumulation and more. It is checked before ranks start.",
+            show_default=False,
+            rich_help_panel="How",
+        ),
+    ] = None,
     mixed_precision: Annotated[
         str | None,
         typer.Option("--mixed_precision", help="no, fp16, bf16 or fp8.", show_default=False, rich_help_panel="How"),
@@ -195,6 +206,7 @@ def launch(
         "gpu_ids": gpu_ids,
         "cpu": cpu,
         "strategy": strategy,
+        "deepspeed_config": deepspeed_config,
         "mixed_precision": mixed_precision,
         "gradient_accumulation_steps": gradient_accumulation_steps,
         "gradient_clipping": gradient_clipping,

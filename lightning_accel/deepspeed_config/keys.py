@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from enum import Enum
 from typing import Any
 
-from lightning_accel.deepspeed_config.values import ANYTHING, FLAG, TEXT, Check, number, one_of, only, whole
+from lightning_accel.deepspeed_config.values import ANYTHING, FLAG, INTERVAL, TEXT, Check, number, one_of, only, whole
 
 
 class Kind(Enum):
@@ -213,14 +213,17 @@ _SHOWN = "the engine's report (bytes at rest, the last step's messages) is shown
 _honoured("memory_breakdown", _SHOWN, FLAG, False)
 _honoured("comms_logger.enabled", _SHOWN, FLAG, False)
 _no_consequence("all operations are counted, on every rank", "comms_logger", "verbose prof_all prof_ops debug")
-_TIMES = "Trainer(profiler=...) times"
+_TIMES = (
+    "the engine's report has bytes and messages, no times and FLOPs: Trainer(profiler=...) or Accelerator.profile()"
+)
 _not_offered(_TIMES, "", "wall_clock_breakdown", FLAG)
 _not_offered(
     _TIMES,
     "flops_profiler",
     "enabled recompute_fwd_factor profile_step module_depth top_modules detailed output_file",
 )
-_no_consequence("the progress bar and loggers tell", "", "steps_per_print dump_state log_level")
+_honoured("steps_per_print", "steps between such reports; without one of the two it does nothing", INTERVAL)
+_no_consequence("the progress bar and loggers tell", "", "dump_state log_level")
 _no_consequence("Lightning's progress bar tells", "timers", "throughput")
 for _section in ("tensorboard", "wandb", "csv_monitor", "comet"):
     _not_offered("Trainer(logger=...) says it", "", _section)

@@ -27,7 +27,7 @@ def make_optimizer(config: DeepSpeedConfig, parameters: Iterable[tuple[str, nn.P
         parameters: Names and parameters; those that are not trained are passed over.
 
     Returns:
-        One with a single group; None if the configuration names none.
+        One with a single group, or for Muon one of matrices and one of the rest; None if the configuration names none.
 
     Raises:
         ValueError: If a parameter of the optimizer has no value, or the optimizer cannot take the model's parameters.
@@ -72,18 +72,25 @@ def _sgd(settings: dict[str, Any], trained: _Named, where: str, given: Mapping[s
 
 
 def _muon(settings: dict[str, Any], trained: _Named, where: str, given: Mapping[str, Any]) -> _Made:
-    made = getattr(torch.optim, "Muon", None)
-    if made is None:
-        raise ValueError(f"Expected torch 2.9 or later for the optimizer Muon of {where}, got {torch.__version__}.")
-    others = [called for called, parameter in trained if parameter.dim() != 2]
-    if others:
-        raise ValueError(
-            f"Expected matrices only for the optimizer Muon of {where}, got {len(others)} other parameters, such as"
-            f" {others[0]!r}: torch.optim.Muon has no Adam for them. Return optimizers from configure_optimizers, or"
-            " choose another in the file."
-        )
-    taken = {key: settings[key] for key in ("momentum", "weight_decay")}
-    return made, {**taken, "lr": settings.get("muon_lr", settings["lr"])}
+    groups: dict[bool, list[nn.Parameter]] = {True: [], False: []}
+    for called, parameter in trained:
+        is_matrix = parameter.dim() >= 2 and not any(word in called.lower() for word in ("embed", "lm_head"))
+        if is_matrix and parameter.dim() > 2:
+            raise ValueError(
+                f"Expected matrices, and vectors beside them, for Muon of {where}, got {called!r}, of shape"
+                f" {tuple(parameter.shape)}, which torch.optim.Muon does not take. Choose another optimizer in the"
+                " file, or return one from configure_optimizers."
+            )
+        groups[is_matrix].append(parameter)
+    of_muon = {key: settings[key] for key in ("momentum", "weight_decay")}
+    of_adam = {key: settings[key] for key in ("betas", "eps", "weight_decay", "adam_w_mode")}
+    rates = {True: given.get("muon_lr", given.get("lr", 0.02)), False: given.get("adam_lr", given.get("lr", 3e-4))}
+    made = [
+        {"params": parameters, "use_muon": use_muon, "lr": rates[use_muon], **(of_muon if use_muon else of_adam)}
+        for use_muon, parameters in groups.items()
+        if parameters
+    ]
+    return lambda _: importlib.import_module("lightning_accel.optimizers").MuonWithAuxAdam(made), {}
 
 
 def _ours(name: str) -> Callable[..., _Made]:

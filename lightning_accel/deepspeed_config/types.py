@@ -84,15 +84,17 @@ OPTIMIZERS: dict[str, dict[str, Key]] = {
         **_idle("the engine chooses what the step runs on", "foreach", "fused"),
     },
     "muon": {
-        **_is("lr", number(), 1e-3),
+        **_is("lr", number()),
         **_is("muon_lr", number()),
+        **_is("adam_lr", number()),
         **_is("momentum", number(0.0, 1.0), 0.95),
+        **_is("betas", BETAS, (0.9, 0.95)),
+        **_is("eps", number(), 1e-10),
         **_is("weight_decay", number(), 0.0),
+        **_is("adam_w_mode", FLAG, True),
+        **_is("per_head_muon", only(False, "matrices are orthogonalised whole"), False),
         **_idle("torch iterates in its own way to the same matrix", "ns_method"),
-        **{
-            name: Key(Kind.NOT_OFFERED, "torch.optim.Muon takes matrices only; there is no Adam beside it")
-            for name in ("adam_lr", "betas", "eps", "adam_w_mode", "torch_adam")
-        },
+        **_idle("both are torch's Adam", "torch_adam"),
     },
 }
 """By DeepSpeed's name in small letters: the parameters of each."""

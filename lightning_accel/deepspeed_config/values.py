@@ -89,6 +89,13 @@ def whole(least: int = 0, most: int | None = None) -> Check:
     return Check(span, read)
 
 
+def _interval(value: Any) -> int | None:
+    return None if value == math.inf else whole(1).read(value)
+
+
+INTERVAL = Check("a whole number of at least 1, or Infinity", _interval)
+
+
 def number(least: float = 0.0, most: float = math.inf, *, above: bool = False) -> Check:
     """A finite number; with ``above`` it must not be ``least`` itself."""
     span = f"a number {'above' if above else 'of at least'} {least:g}"

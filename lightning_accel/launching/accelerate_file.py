@@ -6,10 +6,8 @@ which is said. Files that ask for another kind of training altogether are refuse
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 from lightning_accel.launching.settings import describe_unknown
@@ -207,11 +205,20 @@ class _Translation:
             self.left_out.append(f"dp_shard_size={shard}: a copy is divided over one machine; {_SHARD_SIZE}.")
         return "accel_fsdp_hybrid"
 
-    def _deepspeed(self) -> str:
+    def _deepspeed(self) -> str | None:
         config = self._part("deepspeed_config")
+        for key in ("offload_optimizer_device", "offload_param_device"):
+            if str(config.get(key) or "none").lower() == "none":
+                config.pop(key, None)
+        if config.get("deepspeed_multinode_launcher") == "standard":  # which is that
+            del config["deepspeed_multinode_launcher"]
+        launchers = dict.fromkeys(("deepspeed_multinode_launcher", "deepspeed_hostfile"), _EACH)
         path = config.pop("deepspeed_config_file", None)
         if path not in (None, "none"):
-            config |= self._read_deepspeed(str(path))
+            self.settings["deepspeed_config"] = path
+            says = dict.fromkeys(config, f"{path} says it") | launchers
+            self._name("", config, _DEEPSPEED_NO_CONSEQUENCE, says)
+            return None
         stage = config.pop("zero_stage", 2)
         if not isinstance(stage, int) or stage not in _ROW_OF_STAGE:
             raise ValueError(f"Expected zero_stage 0 to 3 in {self.where}, got {stage!r}.")
@@ -224,40 +231,9 @@ class _Translation:
                 f"gradient_clipping={self.settings['gradient_clipping']}: taken over for Lightning's Trainer; a loop"
                 " of its own calls clip_grad_norm_."
             )
-        for key in ("offload_optimizer_device", "offload_param_device"):
-            if str(config.get(key) or "none").lower() == "none":
-                config.pop(key, None)
-        if config.get("deepspeed_multinode_launcher") == "standard":  # which is that
-            del config["deepspeed_multinode_launcher"]
         say = dict.fromkeys(("offload_optimizer_device", "offload_param_device"), _OFFLOAD)
-        say |= dict.fromkeys(("deepspeed_multinode_launcher", "deepspeed_hostfile"), _EACH)
-        self._name("", config, _DEEPSPEED_NO_CONSEQUENCE, say)
+        self._name("", config, _DEEPSPEED_NO_CONSEQUENCE, say | launchers)
         return _ROW_OF_STAGE[stage]
-
-    def _read_deepspeed(self, path: str) -> dict[str, Any]:
-        """DeepSpeed's own file, in the words of Accelerate's."""
-        try:
-            found = json.loads(Path(path).expanduser().read_text(encoding="utf-8"))
-        except (OSError, ValueError) as error:
-            raise ValueError(f"Expected DeepSpeed's settings in {path}, which {self.where} names: {error}") from error
-        if not isinstance(found, dict):
-            raise ValueError(f"Expected names and values in {path}, got a {type(found).__name__}.")
-        zero = _names_and_values(found.pop("zero_optimization", None), "zero_optimization", path)
-        config = {"zero_stage": zero.pop("stage", 0)}
-        for kind in ("optimizer", "param"):
-            offload = _names_and_values(zero.pop(f"offload_{kind}", None), f"offload_{kind}", path)
-            config[f"offload_{kind}_device"] = offload.get("device")
-        for number in ("gradient_accumulation_steps", "gradient_clipping"):
-            config[number] = found.pop(number, None)
-        for section, name in (("fp16", "fp16"), ("bf16", "bf16")):
-            enabled = _names_and_values(found.pop(section, None), section, path).get("enabled", False)
-            if enabled is True:
-                self.settings.setdefault("mixed_precision", name)
-        # What is left is about its own optimizers, schedulers, buckets and reports; "auto" is what a script fills in.
-        rest = [f"zero_optimization.{name}" for name in zero] + [name for name, v in found.items() if v != "auto"]
-        if rest:
-            self.left_out.append(f"{path}: {', '.join(rest)}.")
-        return config
 
     def _name_the_rest(self) -> None:
         rest = {key: value for key, value in self.found.items() if key in _SAY}

@@ -21,6 +21,7 @@ from torch.distributed.elastic.multiprocessing import DefaultLogsSpecs, SignalEx
 from torch.distributed.elastic.rendezvous import RendezvousClosedError
 from typing_extensions import override
 
+from lightning_accel.launching.deepspeed import require_sound
 from lightning_accel.launching.environment import LAUNCHER, environment, threads
 from lightning_accel.launching.failure import first_failure
 from lightning_accel.launching.meeting import Meeting
@@ -71,7 +72,9 @@ def launch(settings: LaunchSettings, target: str, arguments: Sequence[str] = (),
         module: Whether ``target`` is a module, as with ``python -m``.
 
     Raises:
-        ValueError: If there is no such script, the port is in use, or a machine does not come.
+        ValueError: If there is no such script, a DeepSpeed file is not accepted, the port is in use, or a machine does
+            not come.
+        FileNotFoundError: If there is no such DeepSpeed file.
         LaunchError: If a rank fails.
         SignalException: If this process is told to end. The ranks have been. In a thread other than the main one
             signals go where they went.
@@ -86,6 +89,8 @@ def launch(settings: LaunchSettings, target: str, arguments: Sequence[str] = (),
 
 def _launch(settings: LaunchSettings, gpus: int, command: tuple[str, ...]) -> None:
     ranks = settings.local_processes(gpus)
+    if settings.deepspeed_config is not None:
+        require_sound(settings.deepspeed_config, ranks * settings.num_machines)
     several = settings.num_machines > 1
     meeting = Meeting(
         str(settings.main_process_ip) if several else "127.0.0.1",

@@ -11,8 +11,11 @@ from __future__ import annotations
 
 import os
 
+from lightning_accel.launching.deepspeed import absolute
 from lightning_accel.launching.settings import LaunchSettings
 
+DEEPSPEED_CONFIG = "ACCEL_DEEPSPEED_CONFIG"
+"""The variable with the DeepSpeed file for ``Accelerator``, and for Trainers and Fabrics without a strategy."""
 LAUNCHER = "ACCEL_LAUNCHER_PID"
 """The variable that says which process has started the ranks: they end with it."""
 
@@ -77,6 +80,7 @@ def _visible(gpu_ids: str) -> str:
 def _accel(settings: LaunchSettings) -> dict[str, str]:
     found = {
         "ACCEL_STRATEGY": settings.strategy,
+        DEEPSPEED_CONFIG: None if settings.deepspeed_config is None else absolute(settings.deepspeed_config),
         "ACCEL_MIXED_PRECISION": settings.mixed_precision,
         "ACCEL_CPU": "1" if settings.cpu else None,
         "ACCEL_GRADIENT_ACCUMULATION_STEPS": settings.gradient_accumulation_steps,

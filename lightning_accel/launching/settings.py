@@ -49,6 +49,9 @@ class LaunchSettings:
     """What to compute with: no, fp16, bf16 or fp8."""
     strategy: str | None = None
     """A strategy of this package, such as accel_fsdp."""
+    deepspeed_config: str | None = None
+    """A DeepSpeed JSON file, which says the strategy and more; read by ``lightning_accel.Accelerator``, and by Trainers
+    and Fabrics that name no strategy."""
     gradient_accumulation_steps: int | None = None
     """How many micro-batches make a step."""
     gradient_clipping: float | None = None
@@ -70,6 +73,11 @@ class LaunchSettings:
                 _CHECKS[field.name](field.name, value)
         object.__setattr__(self, "strategy", _find_strategy(self.strategy))
         self._check_machines()
+        if self.strategy is not None and self.deepspeed_config is not None:
+            raise ValueError(
+                f"Expected strategy or deepspeed_config, which says it, got both: strategy={self.strategy} and"
+                f" deepspeed_config={self.deepspeed_config}. Leave one of them out."
+            )
         if self.cpu and self.gpu_ids != "all":
             raise ValueError(
                 f"Expected gpu_ids or cpu, got both: gpu_ids={self.gpu_ids} and cpu=True. Leave one out (gpu_ids=all)."
@@ -228,6 +236,7 @@ _CHECKS: dict[str, Callable[[str, object], None]] = {
     "cpu": _flag,
     "mixed_precision": _precision,
     "strategy": _text,
+    "deepspeed_config": _text,
     "gradient_accumulation_steps": _Number(1),
     "gradient_clipping": _positive,
     "debug": _flag,

@@ -22,9 +22,10 @@ from lightning_accel.core.registry import engines_of
 from lightning_accel.data import ShardedLoader, join_uneven_inputs, prepare_data_loader, skip_first_batches
 from lightning_accel.data.shuffling import seed_of
 from lightning_accel.manual.accumulation import Accumulation
-from lightning_accel.manual.choices import find_strategy, precision_arguments, reject_unknown
+from lightning_accel.manual.choices import choose_strategy, precision_arguments, reject_unknown
 from lightning_accel.manual.clipping import Together, optimizers_of
-from lightning_accel.manual.environment import ACCUMULATION, CPU, DEBUG, MIXED_PRECISION, STRATEGY, GivenRanks, Ranks
+from lightning_accel.manual.deepspeed import LoopFile, MakesByFile
+from lightning_accel.manual.environment import ACCUMULATION, CPU, DEBUG, MIXED_PRECISION, GivenRanks, Ranks
 from lightning_accel.manual.environment import flag as flag_of
 from lightning_accel.manual.environment import number as number_of
 from lightning_accel.manual.optimizer import PreparedOptimizer
@@ -35,11 +36,12 @@ from lightning_accel.manual.seeding import set_seed
 from lightning_accel.manual.states import Prepared, States
 from lightning_accel.manual.tracking import Trackers
 from lightning_accel.manual.watching import LoaderWatch
+from lightning_accel.strategies.deepspeed_file import DeepSpeedFile
 from lightning_accel.strategies.engine_module import EngineModule
-from lightning_accel.strategies.fabric import AccelFabricStrategy
+from lightning_accel.strategies.fabric import AccelFabricStrategy, AccelZeROStrategy
 
 
-class Accelerator(Records):
+class Accelerator(Records, MakesByFile):
     """A manual training loop on any number of ranks.
 
     It starts no processes. Which rank this is comes from the environment, which ``accel launch`` and ``torchrun`` set;
@@ -53,6 +55,10 @@ class Accelerator(Records):
         strategy: Where model state rests: ``"ddp"``, ``"zero1"``, ``"zero2"``, ``"zero3"``, ``"fsdp"``,
             ``"fsdp_partial"`` or ``"fsdp_hybrid"``; or a strategy of ``lightning_accel.strategies.fabric`` with options
             of its own. Default: what ``accel launch`` was told, or ``"ddp"``.
+        deepspeed_config: A DeepSpeed JSON file, or a dict of what would be in it, instead of ``strategy``: it says
+            where model state rests, precision, loss scale, accumulation, clipping, batch sizes, and by
+            ``make_optimizer`` and ``make_scheduler`` these. ``docs/from-deepspeed.md`` has every key. Default: what
+            ``accel launch`` was told.
         cpu: Whether to stay on the CPU where there is CUDA. Default: what ``accel launch`` was told, or False.
         split_batches: Whether prepared loaders divide each of their batches over the ranks. If not, ranks take whole
             batches in turn, and a step sees as many samples more as there are ranks.
@@ -71,8 +77,9 @@ class Accelerator(Records):
         unknown: Options that do not exist; refused.
 
     Raises:
-        ValueError: If there is no such strategy or precision (the nearest names are told), a number is out of range, or
-            the environment is incomplete.
+        FileNotFoundError: If there is no such DeepSpeed file.
+        ValueError: If there is no such strategy or precision (the nearest names are told), a number is out of range,
+            the environment is incomplete, or a DeepSpeed file is not accepted or contradicts another argument.
         TypeError: If there is no such option.
 
     Example::
@@ -96,6 +103,7 @@ class Accelerator(Records):
         mixed_precision: Any = None,
         gradient_accumulation_steps: int | None = None,
         strategy: str | AccelFabricStrategy | None = None,
+        deepspeed_config: DeepSpeedFile | None = None,
         cpu: bool | None = None,
         split_batches: bool = False,
         even_batches: bool = True,
@@ -121,7 +129,7 @@ class Accelerator(Records):
         if mixed_precision is None:
             mixed_precision = os.environ.get(MIXED_PRECISION, "no")
         precision = precision_arguments(mixed_precision)
-        chosen = find_strategy(os.environ.get(STRATEGY, "ddp") if strategy is None else strategy)
+        chosen = choose_strategy(strategy, deepspeed_config, os.environ)
         if chosen._start_method != "popen":
             raise ValueError(
                 f"Expected a strategy that starts no processes, got one with start_method={chosen._start_method!r}."
@@ -146,6 +154,12 @@ class Accelerator(Records):
             **precision,
         )
         self.fabric.launch()
+        file = chosen.take_file() if isinstance(chosen, AccelZeROStrategy) else None
+        self._file = None
+        if file is not None:
+            self._file = LoopFile(file, self._ranks.ranks, gradient_accumulation_steps)
+            self._accumulation.set_steps(self._file.accumulation)
+            mixed_precision = self._file.mixed_precision or mixed_precision
         self.split_batches = split_batches
         """Whether prepared loaders divide each of their batches over the ranks."""
         self.even_batches = even_batches
@@ -157,7 +171,7 @@ class Accelerator(Records):
         self.step_scheduler_with_optimizer = step_scheduler_with_optimizer
         """Whether schedulers step only when optimizers do."""
         self.mixed_precision = mixed_precision
-        """As it was asked for."""
+        """As it was asked for, or as a DeepSpeed file says."""
         self._seed = seed
         if seed is not None:
             set_seed(seed)
@@ -251,7 +265,7 @@ class Accelerator(Records):
                 " an optimizer for each, or prepare the models as one: torch.nn.ModuleDict({...})."
             )
         inner: Any = self.fabric.setup_optimizers(optimizer)
-        prepared = PreparedOptimizer(inner.optimizer, self._strategy, self._accumulation)
+        prepared = PreparedOptimizer(inner.optimizer, self._strategy, self._accumulation, self._file)
         self._prepared.optimizers.append(prepared)
         return prepared  # type: ignore[return-value]
 
@@ -273,11 +287,12 @@ class Accelerator(Records):
                     f"Expected the optimizer of {type(scheduler).__name__} to be prepared, but it was not. Pass it to"
                     " accelerator.prepare together with the scheduler, or before it."
                 )
+        is_of_file = self._file is not None and self._file.has_made(scheduler)
         prepared = PreparedScheduler(
             scheduler,
             optimizers,
             self._accumulation,
-            times=1 if self.split_batches else self.num_processes,
+            times=1 if self.split_batches or is_of_file else self.num_processes,
             with_optimizer=self.step_scheduler_with_optimizer,
         )
         self._prepared.schedulers.append(prepared)
@@ -369,6 +384,8 @@ class Accelerator(Records):
                 "Expected gradient_accumulation_steps to be changed between windows, but gradients are accumulated."
                 " Change it when sync_gradients is True."
             )
+        if self._file is not None:
+            self._file.require_steps(steps)
         self._accumulation.set_steps(steps)
 
     @property
@@ -433,6 +450,8 @@ class Accelerator(Records):
                 "Expected a model to be prepared before backward, got none: gradients would not be reduced. Call"
                 " model, optimizer = accelerator.prepare(model, optimizer) first."
             )
+        if self._file is not None:
+            self._file.require_batches(self._loaders.active)
         self._accumulation.note_backward()
         if self._accumulation.steps > 1 and all(module.engine.loss_weight is None for module in prepared.engines):
             loss = loss / self._accumulation.steps
@@ -458,8 +477,7 @@ class Accelerator(Records):
         for entry in chosen if isinstance(chosen, (list, tuple)) else [chosen]:
             if not isinstance(entry, PreparedOptimizer):
                 raise ValueError(f"Expected a prepared optimizer to unscale, got {type(entry).__name__}.")
-            entry.settle()
-            self._strategy.precision.unscale_gradients(entry.optimizer)
+            entry.unscale()
 
     def clip_grad_norm_(
         self,
@@ -489,6 +507,9 @@ class Accelerator(Records):
         if not self.sync_gradients:
             return None
         optimizers = optimizers_of(parameters, self._prepared.optimizers)
+        if self._file is not None and self._file.require_norm(max_norm, norm_type):
+            for optimizer in optimizers:
+                optimizer.was_clipped = True
         self.unscale_gradients(optimizers)
         if len(optimizers) == 1:
             (only,) = optimizers
@@ -519,8 +540,11 @@ class Accelerator(Records):
         if not self.sync_gradients:
             return
         optimizers = optimizers_of(parameters, self._prepared.optimizers)
+        if self._file is not None:
+            self._file.require_value()
         self.unscale_gradients(optimizers)
         for optimizer in optimizers:
+            optimizer.was_clipped = True
             optimizer.added.engine.clip_grad_value_(optimizer.optimizer, clip_value)
 
     @property

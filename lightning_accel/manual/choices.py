@@ -12,6 +12,7 @@ import torch
 from lightning.fabric.plugins import Precision
 from lightning.fabric.strategies import Strategy
 
+from lightning_accel.manual.environment import DEEPSPEED_CONFIG, STRATEGY
 from lightning_accel.plugins.accel_precision import PolicyPrecision
 from lightning_accel.strategies.fabric import (
     AccelDDPStrategy,
@@ -26,8 +27,8 @@ PRECISIONS = {"no": "32-true", "fp16": "16-mixed", "bf16": "bf16-mixed", "fp8": 
 _ELSEWHERE = {
     "automatic_checkpoint_naming": "is not needed: save_state() without a folder names checkpoints under project_dir",
     "dataloader_config": "has its settings here: split_batches, even_batches, dispatch_batches, non_blocking",
-    "deepspeed_plugin": "is a strategy here: 'zero1', 'zero2', 'zero3' or strategies.fabric.AccelZeROStrategy(...)",
-    "deepspeed_plugins": "is a strategy here: 'zero1', 'zero2', 'zero3' or strategies.fabric.AccelZeROStrategy(...)",
+    "deepspeed_plugin": "is deepspeed_config='ds.json' or a strategy here: 'zero1', 'zero2', 'zero3'",
+    "deepspeed_plugins": "is deepspeed_config='ds.json' or a strategy here: 'zero1', 'zero2', 'zero3'",
     "device_placement": "is not offered: models and batches are moved to accelerator.device",
     "dynamo_backend": "is torch.compile(model) before prepare, or compile=... on the strategy",
     "dynamo_plugin": "is torch.compile(model) before prepare, or compile=... on the strategy",
@@ -56,6 +57,41 @@ def strategies() -> dict[str, Callable[[], AccelFabricStrategy]]:
         for kind in (AccelDDPStrategy, AccelZeROStrategy, AccelFSDPStrategy)
         for row, arguments in kind.registered().items()
     }
+
+
+def choose_strategy(strategy: Any, deepspeed_config: Any, environment: Mapping[str, str]) -> AccelFabricStrategy:
+    """The strategy that arguments ask for, or the environment where they say nothing.
+
+    Args:
+        strategy: As for ``find_strategy``; None if it was not given.
+        deepspeed_config: A DeepSpeed file, or a dict of what would be in it; None if it was not given.
+        environment: What `accel launch` was told.
+
+    Raises:
+        FileNotFoundError: If there is no such file.
+        ValueError: If a strategy and a file are asked for, or one of them is not accepted.
+        TypeError: As ``find_strategy``.
+
+    """
+    told, row = environment.get(DEEPSPEED_CONFIG) or None, environment.get(STRATEGY) or None
+    if deepspeed_config is None and told is not None:
+        if isinstance(strategy, AccelZeROStrategy) and strategy.has_file:
+            return strategy
+        strategy = row if strategy is None else strategy
+        if strategy is not None:
+            raise ValueError(
+                f"Expected a strategy or a DeepSpeed file, got {strategy!r} and, in {DEEPSPEED_CONFIG} as accel launch"
+                f" --deepspeed_config sets it, {told}. Leave one of them out."
+            )
+        deepspeed_config = told
+    elif deepspeed_config is not None and strategy is not None:
+        raise ValueError(
+            f"Expected strategy or deepspeed_config, which says it, got both: {strategy!r} and {deepspeed_config!r}."
+            " Options beside those of the file are strategies.fabric.AccelZeROStrategy(config=..., ...)'s."
+        )
+    if deepspeed_config is not None:
+        return AccelZeROStrategy(config=deepspeed_config, state_dict_type="sharded")
+    return find_strategy(strategy if strategy is not None else row or "ddp")
 
 
 def find_strategy(strategy: Any) -> AccelFabricStrategy:

@@ -14,6 +14,7 @@ from typing_extensions import override
 
 STRATEGY = "ACCEL_STRATEGY"
 """What `accel launch --strategy` sets; an argument of ``Accelerator`` takes precedence. The same for those below."""
+DEEPSPEED_CONFIG = "ACCEL_DEEPSPEED_CONFIG"
 MIXED_PRECISION = "ACCEL_MIXED_PRECISION"
 CPU = "ACCEL_CPU"
 ACCUMULATION = "ACCEL_GRADIENT_ACCUMULATION_STEPS"

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from lightning.fabric.wrappers import _FabricOptimizer
 from torch.optim import Optimizer
@@ -14,6 +14,9 @@ from lightning_accel.manual.accumulation import Accumulation
 from lightning_accel.plugins.precision import engine_optimizer
 from lightning_accel.strategies.fabric import AccelFabricStrategy
 
+if TYPE_CHECKING:
+    from lightning_accel.manual.deepspeed import LoopFile
+
 
 class PreparedOptimizer(_FabricOptimizer):
     """An optimizer that steps at the end of an accumulation window only. ``isinstance`` sees the user's class.
@@ -22,11 +25,21 @@ class PreparedOptimizer(_FabricOptimizer):
         optimizer: The user's, which an engine has.
         strategy: Fabric's.
         accumulation: Where the loop is.
+        file: A DeepSpeed file, whose clipping is done before steps.
 
     """
 
-    def __init__(self, optimizer: Optimizer, strategy: AccelFabricStrategy, accumulation: Accumulation) -> None:
+    def __init__(
+        self,
+        optimizer: Optimizer,
+        strategy: AccelFabricStrategy,
+        accumulation: Accumulation,
+        file: LoopFile | None = None,
+    ) -> None:
         super().__init__(optimizer, strategy)
+        self._file = file
+        self.was_clipped = False
+        """Whether the loop itself has clipped the gradients of the next step."""
         self._strategy: AccelFabricStrategy = strategy
         self._accumulation = accumulation
         self._settled: int | None = None  # the window whose gradients are multiplied already
@@ -55,6 +68,7 @@ class PreparedOptimizer(_FabricOptimizer):
     def drop(self) -> None:
         """Drop gradients, and what is known of their window."""
         self._settled = self._stepped = self._asked = None
+        self.was_clipped = False
         self._optimizer.zero_grad()
 
     def settle(self) -> None:
@@ -67,6 +81,11 @@ class PreparedOptimizer(_FabricOptimizer):
         if not added.window.weighted:  # weights of losses make a mean by themselves
             added.gradients.multiply(accumulation.correction)
 
+    def unscale(self) -> None:
+        """Divide gradients by the loss scale, if there is one; they are a mean over their micro-batches then."""
+        self.settle()
+        self._strategy.precision.unscale_gradients(self._optimizer)
+
     @override
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
         """Step, if this micro-batch closes its window; otherwise nothing happens.
@@ -78,11 +97,16 @@ class PreparedOptimizer(_FabricOptimizer):
         if not self._accumulation.sync_gradients:
             return None
         self.settle()
+        if self._file is not None:
+            self._file.before_step(self, closure)
         scaler = self._strategy.grad_scaler
         before = 0 if scaler is None else scaler.skipped_steps
         output = super().step(closure)
         self.step_was_skipped = scaler is not None and scaler.skipped_steps > before
         self._settled, self._stepped, self._asked = None, self._accumulation.window, None
+        self.was_clipped = False
+        if self._file is not None:
+            self._file.after_step(self)
         return output
 
     def zero_grad(self, *args: Any, **kwargs: Any) -> None:
@@ -94,5 +118,6 @@ class PreparedOptimizer(_FabricOptimizer):
         accumulation = self._accumulation
         if accumulation.backwards == 0 or self.has_stepped or accumulation.steps == 1:
             self._optimizer.zero_grad(*args, **kwargs)
+            self.was_clipped = False
         else:
             self._asked = accumulation.window

@@ -5,5 +5,6 @@ Knows torch and the engine's core only.
 
 from lightning_accel.optimizers.lamb import Lamb
 from lightning_accel.optimizers.lion import Lion
+from lightning_accel.optimizers.muon import MuonWithAuxAdam
 
-__all__ = ["Lamb", "Lion"]
+__all__ = ["Lamb", "Lion", "MuonWithAuxAdam"]

@@ -36,11 +36,12 @@ def test_defaults_are_written_once() -> None:
 
 
 def test_answers_are_checked_at_once() -> None:
-    # machines, cpu, ranks (twice), strategy (twice), precision, accumulation, restarts
-    answers = ["1", "y", "0", "3", "fdsp", "fsdp", "bf16", "4", "2"]
+    # machines, cpu, ranks (twice), DeepSpeed's file, strategy (twice), precision, accumulation, restarts
+    answers = ["1", "y", "nowhere.json", "", "0", "3", "fdsp", "fsdp", "bf16", "4", "2"]
     result = accel("config", answers=answers)
     assert result.exit_code == 0, result.output
     assert "Expected num_processes to be a whole number of 1 or more, got 0." in result.output
+    assert "Expected config to be a DeepSpeed JSON file, got 'nowhere.json': there is none." in result.output
     assert "got 'fdsp'. Did you mean fsdp?" in result.output
     assert read().settings == LaunchSettings(
         num_processes=3,
@@ -55,13 +56,13 @@ def test_answers_are_checked_at_once() -> None:
 def test_what_is_there_is_offered() -> None:
     settings = LaunchSettings(num_processes=6, cpu=True, strategy="accel_zero1", gradient_clipping=2.0)
     write(settings)
-    assert accel("config", answers=[""] * 7).exit_code == 0
+    assert accel("config", answers=[""] * 8).exit_code == 0
     assert read().settings == LaunchSettings(**{**settings.changed(), "max_restarts": 0})
 
 
 def test_several_machines(tmp_path: Path) -> None:
-    # machines (twice), address, rank (twice), port, cpu, ranks, and nothing else
-    answers = ["some", "2", "10.0.0.1", "2", "1", "29501", "y", "8", "", "", "", ""]
+    # machines (twice), address, rank (twice), port, cpu, no file of DeepSpeed's, ranks, and nothing else
+    answers = ["some", "2", "10.0.0.1", "2", "1", "29501", "y", "", "8", "", "", "", ""]
     result = accel("config", "--config-file", tmp_path / "own.yaml", answers=answers)
     assert result.exit_code == 0, result.output
     assert "Expected a whole number, got 'some'." in result.output
@@ -74,6 +75,15 @@ def test_several_machines(tmp_path: Path) -> None:
         main_process_port=29_501,
         cpu=True,
     )
+
+
+def test_a_file_of_deepspeed_says_the_strategy(tmp_path: Path) -> None:
+    (tmp_path / "ds.json").write_text('{"zero_optimization": {"stage": 1}}')
+    write(LaunchSettings(num_processes=2, cpu=True, strategy="accel_fsdp"))
+    result = accel("config", answers=["", "", str(tmp_path / "ds.json"), "", "", "", ""])
+    assert result.exit_code == 0, result.output
+    assert "Strategy, such as" not in result.output
+    assert read().settings == LaunchSettings(num_processes=2, cpu=True, deepspeed_config=str(tmp_path / "ds.json"))
 
 
 def test_questions_that_are_not_answered_write_nothing() -> None:
@@ -108,7 +118,7 @@ def test_env_with_a_file_that_cannot_be_read() -> None:
 def test_a_file_that_cannot_be_read_is_replaced() -> None:
     default_path().parent.mkdir(parents=True)
     default_path().write_text("num_procs: 2\n")
-    result = accel("config", answers=["1", "y", "3", "", "", "", ""])
+    result = accel("config", answers=["1", "y", "", "3", "", "", "", ""])
     assert result.exit_code == 0, result.output
     assert "What you answer replaces the file." in result.output
     assert read().settings == LaunchSettings(num_processes=3, cpu=True)

@@ -54,6 +54,29 @@ if __name__ == "__main__":
         }, file)
 """
 
+# Both loops, with what the command line says alone.
+BY_FILE = """
+import json, sys
+import lightning.pytorch as pl
+from lightning.pytorch.demos.boring_classes import BoringModel
+from lightning_accel import Accelerator
+
+class Model(BoringModel):
+    def configure_optimizers(self):
+        return None
+
+if __name__ == "__main__":
+    quiet = dict.fromkeys(["logger", "enable_checkpointing", "enable_progress_bar", "enable_model_summary"], False)
+    trainer = pl.Trainer(max_steps=2, limit_val_batches=0, **quiet)
+    trainer.fit(Model())
+    optimizer = type(trainer.strategy.optimizers[0]).__name__
+    accelerator = Accelerator()
+    rows = [trainer.strategy.row.name, accelerator.fabric.strategy.row.name]
+    accumulate = [trainer.accumulate_grad_batches, accelerator.gradient_accumulation_steps]
+    with open(f"{sys.argv[1]}/{accelerator.process_index}.json", "w") as file:
+        json.dump({"rows": rows, "accumulate": accumulate, "optimizer": optimizer}, file)
+"""
+
 # Rank 1 is killed, and when all were started again it raises.
 FAILING = """
 import os, signal, time
@@ -119,6 +142,41 @@ def some(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 def test_bad_options(some: Path, options: Sequence[str], code: int, message: str) -> None:
     found, said = refused(*options, some)
     assert (found, message in said) == (code, True), said
+
+
+@pytest.mark.parametrize(
+    ("text", "options", "message"),
+    [
+        (None, [], "Expected config to be a DeepSpeed JSON file, got"),
+        ('{"zero_optimization":\n  {"stage": 2,}}', [], "ds.json, got an error at line 2, column"),
+        ('{"zero_optimisation": {}}', [], "(did you mean 'zero_optimization'?)"),
+        ("{}", ["--strategy", "fsdp"], "Expected strategy or deepspeed_config, which says it, got both"),
+        (
+            '{"train_batch_size": 33, "train_micro_batch_size_per_gpu": 17}',
+            ["--num_processes", "2", "--cpu"],
+            "17 × 1 × 2 = 34",
+        ),
+    ],
+)
+def test_bad_files_of_deepspeed(some: Path, text: str | None, options: Sequence[str], message: str) -> None:
+    path = some.parent / "ds.json"
+    if text is not None:
+        path.write_text(text)
+    code, said = refused("--deepspeed_config_file", path, *options, some)
+    assert (code, message in said) == (1, True), said
+    assert "started" not in said
+
+
+def test_a_file_of_deepspeed_reaches_both_loops(tmp_path: Path) -> None:
+    """An Accelerator and a Trainer take it; the Trainer's model leaves the optimizer to it."""
+    file = {"zero_optimization": {"stage": 1}, "gradient_accumulation_steps": 2, "optimizer": {"type": "SGD"}}
+    (tmp_path / "ds.json").write_text(json.dumps(file))
+    path = script(tmp_path, BY_FILE)
+    options = ["--num_processes", "2", "--cpu", "--deepspeed_config", tmp_path / "ds.json"]
+    result = accel("launch", *options, path, str(tmp_path))
+    assert result.returncode == 0, result.stderr
+    for found in results(tmp_path, 2):
+        assert found == {"rows": ["zero1", "zero1"], "accumulate": [2, 2], "optimizer": "SGD"}
 
 
 def test_bad_scripts(some: Path) -> None:

@@ -164,7 +164,7 @@ def test_what_deepspeed_has_removed() -> None:
 def test_everything_else_is_in_one_message() -> None:
     found = {
         "train_batch_size": 8,
-        "steps_per_print": 10,
+        "dump_state": True,
         "wall_clock_breakdown": False,
         "tensorboard": {"enabled": False},
         "zero_optimization": {"stage": 2, "overlap_comm": True, "contiguous_gradients": True},
@@ -173,7 +173,7 @@ def test_everything_else_is_in_one_message() -> None:
     }
     told = read(found).describe_left_out()
     assert told is not None
-    named = ["steps_per_print", "wall_clock_breakdown", "tensorboard", "optimizer.params.fused"]
+    named = ["dump_state", "wall_clock_breakdown", "tensorboard", "optimizer.params.fused"]
     for name in (*named, "zero_optimization.overlap_comm", "zero_optimization.contiguous_gradients"):
         assert name in told
     for name in ("train_batch_size", "stage", "lr", "torch_adam", "data_types"):

@@ -10,6 +10,7 @@ from torch import nn
 
 from lightning_accel.deepspeed_config import DeepSpeedConfig
 from lightning_accel.deepspeed_config.making import make_optimizer, make_scheduler
+from lightning_accel.optimizers import MuonWithAuxAdam
 
 
 def make(kind: str, module: nn.Module | None = None, **params: Any) -> torch.optim.Optimizer:
@@ -42,12 +43,33 @@ def test_optimizers(kind: str, params: dict[str, Any], made: type, group: dict[s
     assert len(found["params"]) == 2
 
 
-def test_muon_takes_matrices() -> None:
-    optimizer = make("Muon", nn.Linear(2, 3, bias=False), lr=0.1, muon_lr=0.2, momentum=0.5)
-    (group,) = optimizer.param_groups
-    assert (group["lr"], group["momentum"], group["weight_decay"]) == (0.2, 0.5, 0.0)
-    with pytest.raises(ValueError, match="got 1 other parameters, such as 'bias'"):
-        make("Muon", nn.Linear(2, 3))
+class Words(nn.Module):
+    """A table, a matrix and vectors."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.embed = nn.Embedding(5, 4)
+        self.layer = nn.Linear(4, 3)
+
+
+def test_muon_takes_matrices_and_adam_the_rest() -> None:
+    module = Words()
+    optimizer = make("Muon", module, lr=0.1, muon_lr=0.2, momentum=0.5, weight_decay=0.3)
+    assert isinstance(optimizer, MuonWithAuxAdam)
+    muon, adam = optimizer.param_groups
+    assert muon["params"] == [module.layer.weight]
+    assert (muon["use_muon"], muon["lr"], muon["momentum"], muon["weight_decay"]) == (True, 0.2, 0.5, 0.3)
+    assert [id(p) for p in adam["params"]] == [id(module.embed.weight), id(module.layer.bias)]
+    assert (adam["use_muon"], adam["lr"], adam["betas"], adam["eps"]) == (False, 0.1, (0.9, 0.95), 1e-10)
+    assert adam["decoupled_weight_decay"]
+    rates = [group["lr"] for group in make("Muon", module).param_groups]
+    assert rates == [0.02, 3e-4]  # DeepSpeed's
+    assert [group["lr"] for group in make("Muon", module, muon_lr=0.5, adam_lr=0.4).param_groups] == [0.5, 0.4]
+    assert "decoupled_weight_decay" not in make("Muon", nn.Linear(2, 3, bias=False)).param_groups[0]
+    with pytest.raises(ValueError, match=r"got 'weight', of shape \(2, 1, 3, 3\)"):
+        make("Muon", nn.Conv2d(1, 2, 3))
+    with pytest.raises(ValueError, match="per_head_muon in config to be false"):
+        make("Muon", module, per_head_muon=True)
 
 
 def test_what_is_not_trained_is_passed_over() -> None:

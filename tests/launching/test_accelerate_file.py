@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
-from typing import Any
 
 import pytest
 import yaml
@@ -177,34 +175,14 @@ def test_deepspeed(tmp_path: Path, stage: int, row: str) -> None:
     assert offload.startswith("offload_optimizer_device=cpu: say it in the script: AccelZeROStrategy(offload=")
 
 
-def test_a_file_of_deepspeed(tmp_path: Path) -> None:
-    theirs: dict[str, Any] = {
-        "bf16": {"enabled": True},
-        "zero_optimization": {"stage": 3, "overlap_comm": True, "offload_param": {"device": "cpu"}},
-        "gradient_accumulation_steps": "auto",
-        "gradient_clipping": 0.5,
-        "train_batch_size": "auto",
-        "wall_clock_breakdown": False,
-    }
-    (tmp_path / "ds.json").write_text(json.dumps(theirs))
-    text = base("DEEPSPEED").replace("mixed_precision: 'no'\n", "")
-    result = found(tmp_path, f"{text}deepspeed_config:\n  deepspeed_config_file: {tmp_path}/ds.json\n")
-    settings = result.settings
-    assert (settings.strategy, settings.mixed_precision) == ("accel_zero3", "bf16")
-    assert (settings.gradient_accumulation_steps, settings.gradient_clipping) == (None, 0.5)
-    assert f"{tmp_path}/ds.json: zero_optimization.overlap_comm, wall_clock_breakdown." in result.left_out
-    assert any(text.startswith("offload_param_device=cpu:") for text in result.left_out)
-
-
-@pytest.mark.parametrize(
-    "theirs",
-    [{"zero_optimization": [3]}, {"zero_optimization": {"stage": 3, "offload_param": "cpu"}}, {"bf16": True}],
-)
-def test_a_file_of_deepspeed_of_another_shape(tmp_path: Path, theirs: dict[str, Any]) -> None:
-    (tmp_path / "ds.json").write_text(json.dumps(theirs))
-    text = base("DEEPSPEED") + f"deepspeed_config:\n  deepspeed_config_file: {tmp_path}/ds.json\n"
-    with pytest.raises(ValueError, match="Expected names and values as"):
-        found(tmp_path, text)
+def test_a_file_of_deepspeed_is_passed_on(tmp_path: Path) -> None:
+    text = base("DEEPSPEED", "bf16") + "deepspeed_config:\n  deepspeed_config_file: ds.json\n  zero3_init_flag: true\n"
+    result = found(tmp_path, text)
+    assert (result.settings.deepspeed_config, result.settings.strategy) == ("ds.json", None)
+    assert result.settings.mixed_precision == "bf16"
+    assert not any("deepspeed" in sentence or "zero" in sentence for sentence in result.left_out)
+    beside = found(tmp_path, text + "  zero_stage: 3\n  offload_param_device: none\n").left_out
+    assert [sentence for sentence in beside if "ds.json" in sentence] == ["zero_stage=3: ds.json says it."]
 
 
 def test_what_cannot_be_taken_over_is_named(tmp_path: Path) -> None:
@@ -248,7 +226,10 @@ def test_what_yaml_and_accelerate_write_in_other_ways(tmp_path: Path) -> None:
         (base("MULTI_GPU") + "num_procesess: 3\n", "got 'num_procesess' (did you mean 'num_processes'?)"),
         (base("FSDP") + "fsdp_config: {fsdp_sharding_strategy: HALF}\n", "to be one of FULL_SHARD, SHARD_GRAD_OP"),
         (base("DEEPSPEED") + "deepspeed_config: {zero_stage: 4}\n", "Expected zero_stage 0 to 3"),
-        (base("DEEPSPEED") + "deepspeed_config: {deepspeed_config_file: nowhere.json}\n", "Expected DeepSpeed's"),
+        (
+            base("DEEPSPEED") + "deepspeed_config: {deepspeed_config_file: [a]}\n",
+            "Expected deepspeed_config to be text",
+        ),
         (base("FSDP") + "fsdp_config: 3\n", "Expected names and values as fsdp_config"),
         (base("FSDP") + "parallelism_config: {parallelism_config_tp_size: 2}\n", "tensor, context and sequence"),
     ],

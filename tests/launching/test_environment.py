@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from pathlib import Path
 
 import pytest
 
@@ -46,6 +47,13 @@ def test_everything() -> None:
         "ACCELERATE_GRADIENT_ACCUMULATION_STEPS": "4",
         "CUDA_VISIBLE_DEVICES": "",
     }
+
+
+def test_a_file_of_deepspeed_holds_wherever_the_script_goes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    found = environment(LaunchSettings(deepspeed_config="ds.json"), 1)
+    assert found["ACCEL_DEEPSPEED_CONFIG"] == str(tmp_path / "ds.json")
+    assert "PL_TRAINER_STRATEGY" not in found
 
 
 def test_gpus(monkeypatch: pytest.MonkeyPatch) -> None:

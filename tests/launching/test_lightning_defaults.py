@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib
 from importlib.util import find_spec
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -13,7 +14,7 @@ from lightning.pytorch import Trainer
 from lightning.pytorch.demos.boring_classes import BoringModel
 from lightning.pytorch.plugins import MixedPrecision as TrainerMixedPrecision
 
-from lightning_accel.launching.lightning_defaults import offer
+from lightning_accel.launching.lightning_defaults import _of_file, offer
 from lightning_accel.strategies.fabric import AccelZeROStrategy
 
 VARIABLES = {"ACCELERATOR": "cpu", "STRATEGY": "accel_fsdp", "DEVICES": "2", "NUM_NODES": "1"}
@@ -98,3 +99,22 @@ def test_a_lightning_cli_which_passes_every_argument() -> None:
 def test_what_the_trainer_says_goes_first() -> None:
     trainer = Trainer(**QUIET, devices=1, accumulate_grad_batches=3, gradient_clip_val=2.0)
     assert (trainer.num_devices, trainer.accumulate_grad_batches, trainer.gradient_clip_val) == (1, 3, 2.0)
+
+
+@pytest.mark.parametrize("kind", [Trainer, Fabric])
+def test_a_file_of_deepspeed(kind: type[Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "ds.json").write_text('{"zero_optimization": {"stage": 1}}')
+    monkeypatch.setenv("ACCEL_DEEPSPEED_CONFIG", str(tmp_path / "ds.json"))
+    for name in ("STRATEGY", "PRECISION"):
+        monkeypatch.delenv(f"PL_TRAINER_{name}")
+    quiet = QUIET if kind is Trainer else {}
+    for given in ({}, {"strategy": "auto"}):
+        made = kind(**quiet, **given)
+        assert (made.strategy.row.name, made.strategy.has_file) == ("zero1", True)
+    with pytest.warns(UserWarning, match="is not used by a .* whose strategy the script names: 'accel_fsdp'"):
+        assert kind(**quiet, strategy="accel_fsdp").strategy.row.name == "fsdp"
+
+
+def test_a_file_of_deepspeed_and_another_tree_of_classes() -> None:
+    with pytest.raises(ValueError, match="Import lightning.pytorch"):
+        _of_file("ds.json", None)

@@ -21,6 +21,7 @@ from harness import Ranks
 from lightning_accel import engine_of
 from lightning_accel.deepspeed_config import DeepSpeedConfig, making
 from lightning_accel.strategies import AccelZeROStrategy
+from lightning_accel.strategies.deepspeed_file import FromFile
 
 SEED = {
     "zero_optimization": {"stage": 2},
@@ -318,9 +319,31 @@ def test_arguments_and_the_file(kind: Any, tmp_path: Path) -> None:
 
 
 def test_what_is_left_out_is_one_warning() -> None:
-    config = {"steps_per_print": 1, "zero_optimization": {"stage": 2, "overlap_comm": True}}
-    with pytest.warns(UserWarning, match=r"(?s)not taken over.*steps_per_print.*overlap_comm: reductions overlap"):
+    config = {"dump_state": True, "zero_optimization": {"stage": 2, "overlap_comm": True}}
+    with pytest.warns(UserWarning, match=r"(?s)not taken over.*dump_state.*overlap_comm: reductions overlap"):
         AccelZeROStrategy(config=config)
+
+
+@pytest.mark.parametrize(
+    ("asked", "shown"),
+    [
+        ({"comms_logger": {"enabled": True}, "steps_per_print": 2}, 2),
+        ({"memory_breakdown": True, "steps_per_print": float("inf")}, 0),
+        ({"memory_breakdown": True}, 0),
+        ({"steps_per_print": 2}, 0),
+    ],
+)
+def test_reports_come_at_the_files_interval(asked: dict[str, Any], shown: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    class Reported:
+        def report(self) -> str:
+            return "report"
+
+    found: list[str] = []
+    monkeypatch.setattr("lightning_accel.strategies.deepspeed_file.rank_zero_info", found.append)
+    read = FromFile(asked, None, {})
+    for _ in range(5):
+        read.note_step(Reported())  # type: ignore[arg-type]
+    assert found == ["report"] * shown
 
 
 def fabric_step(config: dict[str, Any]) -> tuple[str, str, list[str]]:
