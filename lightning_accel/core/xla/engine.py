@@ -150,12 +150,21 @@ class XLAEngine:
     def backward_context(self) -> Iterator[None]:
         """Within it, gradients may arrive."""
         yield
+        self.place_gradients()
+        if not self._synchronise:
+            self.cut()
+
+    def place_gradients(self) -> None:
+        """After a backward: have the gradients there are rest as the row says."""
         rest = self.row.gradients if self._synchronise else self.row.accumulating
         for parameter in self.module.parameters():
             if parameter.grad is not None:
                 self.placing.annotate(parameter.grad, self._spec(parameter, rest))
-        if not self._synchronise:
-            self.cut()
+
+    @property
+    def optimizers(self) -> list[Optimizer]:
+        """Those that were added."""
+        return list(self._optimizers)
 
     @property
     def is_boundary(self) -> bool:
