@@ -1,8 +1,8 @@
 """The strategy and the accelerator that are called accel_xla go together, and with no other.
 
-Lightning (2.6, in ``_check_config_and_set_final_flags`` of the Trainer's connector and of Fabric's) takes each by itself: it would run
-other strategies on the accelerator, and choose the CPU for the strategy. Here one that is ``"auto"`` follows the
-other, before Lightning looks at them.
+Lightning (2.6, in ``_check_config_and_set_final_flags`` of the Trainer's connector and of Fabric's) takes each by
+itself: it would run other strategies on the accelerator, and choose the CPU for the strategy. Here one that is
+``"auto"`` follows the other, before Lightning looks at them.
 """
 
 from __future__ import annotations
@@ -58,7 +58,8 @@ def agreed(strategy: Any, accelerator: Any) -> tuple[Any, Any]:
 
     """
     name = strategy.lower() if isinstance(strategy, str) else None
-    own = strategy._accelerator if isinstance(strategy, (Strategy, FabricStrategy)) else None  # Lightning takes it for "auto"
+    is_made = isinstance(strategy, (Strategy, FabricStrategy))
+    own = strategy._accelerator if is_made else None  # Lightning takes it for "auto"
     used = own or accelerator
     on_xla = used == _NAME or isinstance(used, AccelXLAAccelerator)
     for_xla = name == _NAME or isinstance(strategy, (AccelXLAStrategy, fabric.AccelXLAStrategy))

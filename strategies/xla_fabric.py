@@ -27,6 +27,7 @@ from torch.utils.weak import WeakIdKeyDictionary
 from typing_extensions import override
 
 from lightning_accel.core.checkpoint.engine_state import prepare_model
+from lightning_accel.core.checkpoint.recorder import is_recorded
 from lightning_accel.core.partition import Units
 from lightning_accel.core.xla import XLAEngine
 from lightning_accel.core.xla.placing import Placing
@@ -164,7 +165,7 @@ class AccelXLAStrategy(OneProgram, Strategy):
         follow(module, self.root_device)
 
         def settle(module: nn.Module, keys: Any) -> None:
-            if not engine.is_closed:
+            if not (engine.is_closed or is_recorded(module)):
                 engine.settle()
 
         module.register_load_state_dict_post_hook(settle)  # it also keeps the engine as long as its module
@@ -215,10 +216,11 @@ class AccelXLAStrategy(OneProgram, Strategy):
     @override
     def backward(self, tensor: Tensor, module: nn.Module | None, *args: Any, **kwargs: Any) -> None:
         """Run backward with the gradients of every module that was set up divided as the row says."""
-        super().backward(tensor, module, *args, **kwargs)
         engines = self.engines
-        for engine in engines:
-            engine.place_gradients()
+        with ExitStack() as stack:
+            for engine in engines:
+                stack.enter_context(engine.backward_context(cut=False))
+            super().backward(tensor, module, *args, **kwargs)
         if not all(engine.is_boundary for engine in engines):
             engines[0].cut()
 

@@ -147,19 +147,21 @@ class XLAEngine:
             loss.backward(**kwargs)  # type: ignore[no-untyped-call]
 
     @contextmanager
-    def backward_context(self) -> Iterator[None]:
-        """Within it, gradients may arrive."""
-        yield
-        self.place_gradients()
-        if not self._synchronise:
-            self.cut()
+    def backward_context(self, *, cut: bool = True) -> Iterator[None]:
+        """Within it, gradients may arrive.
 
-    def place_gradients(self) -> None:
-        """After a backward: have the gradients there are rest as the row says."""
+        Args:
+            cut: Have what was recorded run afterwards if no step follows; with False the caller does so, when other
+                engines have said where their gradients rest, too.
+
+        """
+        yield
         rest = self.row.gradients if self._synchronise else self.row.accumulating
         for parameter in self.module.parameters():
             if parameter.grad is not None:
                 self.placing.annotate(parameter.grad, self._spec(parameter, rest))
+        if cut and not self._synchronise:
+            self.cut()
 
     @property
     def optimizers(self) -> list[Optimizer]:

@@ -144,7 +144,6 @@ def test_state_rests_as_the_row_says_and_comes_home() -> None:
         optimizer, other = adam(model), adam(expected)
         for module, used in ((model, optimizer), (expected, other)):
             train_plainly(module, used, loader(1))
-            train_plainly(expected, other, loader(1)) if module is None else None
         schedule = torch.optim.lr_scheduler.ExponentialLR(optimizer, 0.9)
         wrapped, wrapped_optimizer, schedule = fabric.setup(model, optimizer, scheduler=schedule)
         train(fabric, wrapped, wrapped_optimizer, fabric.setup_dataloaders(loader(2)))
