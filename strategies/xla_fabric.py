@@ -23,6 +23,7 @@ from lightning.fabric.utilities.types import _Stateful
 from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.utils.data import DataLoader
+from torch.utils.hooks import RemovableHandle
 from torch.utils.weak import WeakIdKeyDictionary
 from typing_extensions import override
 
@@ -85,6 +86,7 @@ class AccelXLAStrategy(OneProgram, Strategy):
         super().__init__(accelerator=accelerator, checkpoint_io=checkpoint_io, precision=precision)
         self._backward_sync_control = _SyncControl(self)
         self._engines: list[weakref.ref[XLAEngine]] = []
+        self._hooks: list[RemovableHandle] = []
         self._homes = WeakIdKeyDictionary()  # parameters on the devices by those they were made of
         self._placing: Placing | None = None
 
@@ -168,7 +170,8 @@ class AccelXLAStrategy(OneProgram, Strategy):
             if not (engine.is_closed or is_recorded(module)):
                 engine.settle()
 
-        module.register_load_state_dict_post_hook(settle)  # it also keeps the engine as long as its module
+        # It also keeps the engine as long as its module.
+        self._hooks.append(module.register_load_state_dict_post_hook(settle))
         self._engines.append(weakref.ref(engine))
         return module
 
@@ -319,6 +322,8 @@ class AccelXLAStrategy(OneProgram, Strategy):
         for engine in self.engines:
             engine.bring_home()
             engine.module.cpu()  # what is neither a parameter nor a buffer
+        while self._hooks:
+            self._hooks.pop().remove()
         self._engines.clear()
         super().teardown()
 
@@ -353,9 +358,6 @@ class _CutLoader:
         self.__dict__.update(vars(loader))  # as Fabric's own, which passes on what it finds there
         self._loader = loader
         self._strategy = strategy
-
-    def __getattr__(self, name: str) -> Any:
-        return getattr(self.__dict__["_loader"], name)
 
     def __len__(self) -> int:
         return len(self._loader)

@@ -158,6 +158,7 @@ def test_state_rests_as_the_row_says_and_comes_home() -> None:
         assert model.head.weight is model.embed.weight
         assert model.device == torch.device("cpu")
         assert fabric.strategy.engines == []
+        assert not model._load_state_dict_post_hooks
     for kind in ("parameters", "optimizer_state"):
         assert found["ddp"][kind] <= 4 * found["fsdp"][kind] < 1.15 * found["ddp"][kind]
 
@@ -210,6 +211,30 @@ def test_batches_are_cut_over_the_devices() -> None:
     assert found["name"] == "a"
     plain = fabric.setup_dataloaders(loader(2), use_distributed_sampler=True)
     assert [tuple(tokens.shape) for tokens, _ in plain] == [(SAMPLES, 5)] * 2, "the global batch"
+
+
+class Positioned(DataLoader):
+    """Knows where it is, as loaders that can go on do."""
+
+    position = 0
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"position": self.position}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        self.position = state["position"]
+
+
+def test_a_loader_that_has_a_state(tmp_path: Path) -> None:
+    fabric = xla()
+    given = Positioned(loader(1).dataset, batch_size=4)
+    ready = fabric.setup_dataloaders(given)
+    assert ready.batch_size == 4
+    given.position = 3
+    fabric.save(tmp_path / "loader.ckpt", {"loader": ready})
+    given.position = 0
+    assert fabric.load(tmp_path / "loader.ckpt", {"loader": ready}) == {}
+    assert given.position == 3
 
 
 def test_two_models_of_which_one_accumulates() -> None:
