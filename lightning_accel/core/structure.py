@@ -51,7 +51,10 @@ class Structure:
                 if view is None:
                     if parameter.requires_grad and parameter not in names:
                         raise self._unknown(parameter)
-                elif not isinstance(parameter, AbsentParameter) and parameter.data_ptr() != view.data_ptr():
+                    continue
+                # Of a parameter's class torch asks in Python: first the quick question.
+                there = type(parameter) is nn.Parameter or not isinstance(parameter, AbsentParameter)
+                if there and parameter.data_ptr() != view.data_ptr():
                     self._take_back(parameter, view)
             for child in part._modules.values():
                 if child is not None and child not in seen:
