@@ -94,6 +94,7 @@ def test_bf16(found: Told, alone: dict[str, Any], precision: str) -> None:
     for one in told:
         assert one["dtype"] == ("torch.float32" if precision == "bf16-mixed" else "torch.bfloat16")
         assert one["has master values"] == (precision == "bf16-mixed")
+        assert one["test"] == pytest.approx(alone["losses"][-1], rel=0.5)
 
 
 @pytest.mark.parametrize("stage", [2, 3])
