@@ -147,8 +147,8 @@ _SPECS = (
             requires=(*_LIGHTNING, *_ACCEL, "deepspeed"),
         )
         for name, adapter, about in (
-            ("trainer_accel_deepspeed", "TrainerDeepSpeed", "Trainer(strategy='accel_deepspeed'), DeepSpeed's engine,"),
-            ("fabric_accel_deepspeed", "FabricDeepSpeed", "Fabric(strategy='accel_deepspeed'), DeepSpeed's engine,"),
+            ("trainer_accel_ds", "TrainerDeepSpeed", "Trainer(strategy='accel_deepspeed'), DeepSpeed's engine,"),
+            ("fabric_accel_ds", "FabricDeepSpeed", "Fabric(strategy='accel_deepspeed'), DeepSpeed's engine,"),
             ("fabric_accel_json", "FabricFile", "Fabric(AccelZeROStrategy(config=...)), our engine,"),
         )
         for stage in (1, 2, 3)

@@ -52,8 +52,8 @@ def test_a_peer_trains_what_a_single_process_trains(name: str, precision: Precis
 @pytest.mark.parametrize(
     ("name", "precision"),
     [
-        ("trainer_accel_deepspeed3", "32-true"),
-        ("fabric_accel_deepspeed1", "bf16-mixed"),
+        ("trainer_accel_ds3", "32-true"),
+        ("fabric_accel_ds1", "bf16-mixed"),
         ("fabric_accel_json2", "32-true"),
     ],
 )
