@@ -126,8 +126,14 @@ class RunningEngine:
 
         Raises:
             ValueError: If DeepSpeed cannot load it.
+            RuntimeError: If there are gradients, which would be stepped with afterwards.
 
         """
+        if self.backwards:
+            raise RuntimeError(
+                "Expected a checkpoint to be loaded between a step and the next backward with"
+                f" strategy='accel_deepspeed', got it after {self.backwards}: DeepSpeed's engine keeps these gradients."
+            )
         with self._at_work():
             found, _ = self.engine.load_checkpoint(
                 str(folder.parent), tag=folder.name, load_module_strict=strict, load_lr_scheduler_states=False

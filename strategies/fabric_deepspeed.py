@@ -169,8 +169,7 @@ class AccelDeepSpeedStrategy(DDPStrategy):
         with local_rank_known(self.local_rank):
             run = RunningEngine(module, module, optimizer, told, self.root_device)
         assert run.optimizer is optimizer
-        is_divided = self.stage == 3
-        self._watches.append(Watch(run, is_divided=is_divided, rounded=self.precision.rounded))
+        self._watches.append(Watch(run, is_divided=self.stage == 3, rounded=self.precision.rounded))
         return run.engine, [optimizer], scheduler
 
     @override

@@ -145,6 +145,7 @@ def saved_and_loaded(stage: int, folder: str) -> dict[str, Any]:
         "not there": refused(lambda: loop, lambda it: load(it, f"{place}/nothing")),
         "a file": refused(lambda: loop, lambda it: load(it, f"{place}.ckpt")),
         "no such key": refused(lambda: loop, lambda it: it.fabric.load(place, {**it.state, "epoch": 1})),
+        "with gradients": refused(lambda: backward(loop), lambda it: load(it, place)),
         "raw": refused(lambda: loop, lambda it: it.fabric.load_raw(f"{place}.ckpt", it.model)),
     }
     return found

@@ -7,12 +7,12 @@ from __future__ import annotations
 
 import importlib
 import os
-from importlib.util import find_spec
 from typing import Any
 
 import pytest
 import torch
 import torch.distributed as dist
+from beside_deepspeed import NEEDS_DEEPSPEED, RELATIVE
 from models import Net, Regression, trainer
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
@@ -21,17 +21,9 @@ from harness import Ranks
 from lightning_accel import Accelerator
 from lightning_accel.strategies import AccelZeROStrategy
 
-pytestmark = [
-    pytest.mark.skipif(
-        find_spec("deepspeed") is None, reason="needs DeepSpeed, which is not installed (extra `deepspeed`)"
-    ),
-    pytest.mark.matrix,
-    pytest.mark.timeout(900),  # to import it takes longer than anything else here
-]
+pytestmark = NEEDS_DEEPSPEED
 
 STEPS, ACCUMULATE, MICRO = 20, 2, 4
-# fp32 has 24 bits, and sums are taken in another order; and 20 steps add up.
-RELATIVE = 1e-5
 FILE: dict[str, Any] = {
     "train_batch_size": 16,
     "train_micro_batch_size_per_gpu": MICRO,

@@ -2,27 +2,16 @@
 
 from __future__ import annotations
 
-from importlib.util import find_spec
 from typing import Any
 
 import fabric_deepspeed_jobs as jobs
 import pytest
 import torch
+from beside_deepspeed import NEEDS_DEEPSPEED, RELATIVE, Told, assert_said, assert_same, mean
 
 from harness import Ranks
 
-pytestmark = [
-    pytest.mark.skipif(
-        find_spec("deepspeed") is None, reason="needs DeepSpeed, which is not installed (extra `deepspeed`)"
-    ),
-    pytest.mark.matrix,
-    pytest.mark.timeout(900),  # to import it takes longer than anything else here
-]
-
-# fp32 has 24 bits, and sums are taken in another order; and 20 steps add up.
-RELATIVE = 1e-5
-Told = list[dict[str, Any]]
-"""What each rank has to tell."""
+pytestmark = NEEDS_DEEPSPEED
 
 
 @pytest.fixture(scope="module")
@@ -36,15 +25,6 @@ def found(tmp_path_factory: pytest.TempPathFactory) -> Told:
 def alone() -> dict[str, Any]:
     """Stock Fabric on one device, where the loop clips."""
     return jobs.trained("auto")
-
-
-def mean(parts: list[list[float]]) -> torch.Tensor:
-    return torch.tensor(parts).mean(0)
-
-
-def assert_same(actual: Any, expected: Any, tolerance: float = RELATIVE) -> None:
-    actual, expected = (torch.as_tensor(each) for each in (actual, expected))
-    torch.testing.assert_close(actual, expected, rtol=tolerance, atol=0.0)
 
 
 @pytest.mark.parametrize("stage", jobs.STAGES)
@@ -94,13 +74,11 @@ def test_checkpoints(found: Told, stage: int) -> None:
         "not there": "found nothing",
         "a file": "a checkpoint of DeepSpeed's to continue from",
         "no such key": "'epoch'",
+        "with gradients": "between a step and the next backward",
         "raw": "fabric.load_raw",
     }
-    for one in told:
-        assert one["rest"] == []
-        assert one["refused"].keys() == said.keys()
-        for name, part in said.items():
-            assert part in one["refused"][name], name
+    assert_said(told, "refused", said)
+    assert all(one["rest"] == [] for one in told)
 
 
 def test_what_cannot_be_is_refused(found: Told) -> None:
@@ -121,10 +99,7 @@ def test_what_cannot_be_is_refused(found: Told) -> None:
         "model's loading": "got model.load_state_dict()",
         "by itself": "fabric.backward",
     }
-    for rank in found:
-        assert rank["refused"].keys() == said.keys()
-        for name, part in said.items():
-            assert part in rank["refused"][name], name
+    assert_said(found, "refused", said)
 
 
 def test_two_models(found: Told) -> None:
