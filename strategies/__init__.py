@@ -41,10 +41,17 @@ def register() -> None:
         AccelXLAStrategy,
     ):
         kind.register_strategies(StrategyRegistry)
-    for twin in (fabric.AccelDDPStrategy, fabric.AccelZeROStrategy, fabric.AccelFSDPStrategy):
+    for twin in (
+        fabric.AccelDDPStrategy,
+        fabric.AccelZeROStrategy,
+        fabric.AccelFSDPStrategy,
+        fabric.AccelDeepSpeedStrategy,
+    ):
         twin.register_strategies(STRATEGY_REGISTRY)
     AccelXLAAccelerator.register_accelerators(AcceleratorRegistry)
-    keep_float16_on_cpu((AccelStrategy, AccelDeepSpeedStrategy), (fabric.AccelFabricStrategy,))
+    keep_float16_on_cpu(
+        (AccelStrategy, AccelDeepSpeedStrategy), (fabric.AccelFabricStrategy, fabric.AccelDeepSpeedStrategy)
+    )
     offer_float8(AccelStrategy, fabric.AccelFabricStrategy)
     join_xla()
     teach()
