@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import os
-import shutil
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -15,6 +13,7 @@ from torch import Tensor, nn
 from torch.optim import LBFGS, Optimizer
 
 from lightning_accel.convert.deepspeed_files import DeepSpeedFiles, read_deepspeed
+from lightning_accel.core.checkpoint.folder import Folder
 from lightning_accel.strategies.deepspeed_installed import import_deepspeed
 from lightning_accel.strategies.deepspeed_model import LentModel
 
@@ -104,17 +103,17 @@ class RunningEngine:
             barrier: Waits for all ranks.
 
         """
-        unfinished = f"{path}.unfinished"
+        unfinished = Folder(f"{path}.unfinished")
         if is_first:
-            shutil.rmtree(unfinished, ignore_errors=True)
+            unfinished.remove()
         barrier()
         with self._at_work():
-            self.engine.save_checkpoint(unfinished, tag=_TAG, client_state=dict(rest))
+            self.engine.save_checkpoint(str(unfinished), tag=_TAG, client_state=dict(rest))
         barrier()
         if is_first:
-            if os.path.isdir(path):
-                shutil.rmtree(path)
-            os.replace(unfinished, path)
+            former = unfinished.replace(Folder(path))  # at once: there is always a whole one
+            if former is not None:
+                former.remove()
         barrier()
 
     def load(self, folder: Path, *, strict: bool) -> None:
