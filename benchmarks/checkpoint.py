@@ -32,7 +32,9 @@ import torch
 import torch.distributed as dist
 import torch.multiprocessing
 
+from benchmarks import page
 from benchmarks.config import Config
+from benchmarks.environment import describe
 from benchmarks.measure import peak_resident_bytes, reset_peak, resident_bytes
 from benchmarks.models import MODELS, build_model
 from benchmarks.savers import CONTESTANTS, REFERENCE, AccelAlone, AccelFSDP, Contestant, Sharded
@@ -57,11 +59,18 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--ranks", type=int, default=2, help="processes, of one thread each")
     parser.add_argument("--rounds", type=int, default=7, help="timed visits to each contestant")
     parser.add_argument("--folder", type=Path, help="a folder on the disk in question")
+    page.add_out(parser)
     chosen = parser.parse_args(arguments)
+    header = describe("benchmarks.checkpoint")
+    texts, rounds = [], {}
     for model in chosen.models:
         config = Config(model=model, ranks=chosen.ranks, rounds=chosen.rounds)
         with tempfile.TemporaryDirectory(prefix="benchmarks-", dir=chosen.folder) as folder:
-            print(report(config, measure(config, Path(folder))), flush=True)
+            rounds[model] = measure(config, Path(folder))
+        texts.append(report(config, rounds[model]))
+        print(texts[-1], flush=True)
+    if chosen.out is not None:
+        page.write(chosen.out, "checkpoint", "\n".join(texts), rounds, header)
 
 
 def measure(config: Config, folder: Path) -> Results:

@@ -14,6 +14,7 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
+import lightning
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
@@ -21,6 +22,8 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 from torch.nn.parallel import DistributedDataParallel
 
+from benchmarks import page
+from benchmarks.environment import describe
 from benchmarks.stats import Spread, visiting_order
 from lightning_accel import Accelerator
 from lightning_accel.core import Engine
@@ -101,6 +104,15 @@ def accelerator_ddp() -> Contestant:
     return Contestant(lambda x: accelerator.backward(prepared(x)), optimizer)
 
 
+def fabric(strategy: str) -> Contestant:
+    """Fabric around Lightning's own DDP, or around ``accel_ddp``."""
+    model = Stack()
+    loop = lightning.Fabric(accelerator="cpu", devices=1, strategy=strategy)
+    loop.launch()
+    wrapped, optimizer = loop.setup(model, _optimizer(model))
+    return Contestant(lambda x: loop.backward(wrapped(x)), optimizer)
+
+
 def _plain(model: nn.Module) -> Contestant:
     return Contestant(lambda x: model(x).backward(), _optimizer(model))
 
@@ -118,6 +130,7 @@ def measure(rounds: int) -> Figures:
     makers: dict[str, Callable[[], Contestant]] = {"bare": bare, "torch_ddp": torch_ddp, "torch_fsdp2": torch_fsdp2}
     made = {name: make() for name, make in makers.items()} | {f"accel_{row}": accel(row) for row in ROWS}
     made["accelerator_ddp"] = accelerator_ddp()
+    made |= {f"fabric_{name}": fabric(name) for name in ("ddp", "accel_ddp")}
     x = torch.randn(4, WIDTH)
     for contestant in made.values():
         for _ in range(_WARMUP):
@@ -150,14 +163,19 @@ def main(arguments: Sequence[str] | None = None) -> None:
     """Print the table."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks.overhead", description=__doc__.splitlines()[0])
     parser.add_argument("--rounds", type=int, default=21, help="timed visits to each (default: %(default)s)")
+    page.add_out(parser)
     chosen = parser.parse_args(arguments)
+    header = describe("benchmarks.overhead")
     torch.set_num_threads(1)
     with tempfile.TemporaryDirectory() as folder:
         dist.init_process_group("gloo", init_method=f"file://{os.path.join(folder, 'store')}", rank=0, world_size=1)
         try:
-            print(report(measure(chosen.rounds)))
+            found = measure(chosen.rounds)
         finally:
             dist.destroy_process_group()
+    print(report(found))
+    if chosen.out is not None:
+        page.write(chosen.out, "overhead", report(found), found, header)
 
 
 if __name__ == "__main__":

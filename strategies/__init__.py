@@ -46,12 +46,15 @@ def register() -> None:
         fabric.AccelDDPStrategy,
         fabric.AccelZeROStrategy,
         fabric.AccelFSDPStrategy,
+        fabric.AccelDeepSpeedStrategy,
         fabric.AccelXLAStrategy,
     ):
         twin.register_strategies(STRATEGY_REGISTRY)
     AccelXLAAccelerator.register_accelerators(AcceleratorRegistry)
     AccelXLAAccelerator.register_accelerators(ACCELERATOR_REGISTRY)
-    keep_float16_on_cpu((AccelStrategy, AccelDeepSpeedStrategy), (fabric.AccelFabricStrategy,))
+    keep_float16_on_cpu(
+        (AccelStrategy, AccelDeepSpeedStrategy), (fabric.AccelFabricStrategy, fabric.AccelDeepSpeedStrategy)
+    )
     offer_float8(AccelStrategy, fabric.AccelFabricStrategy)
     join_xla()
     teach()

@@ -10,7 +10,7 @@ wins over the file's, as a client's does in DeepSpeed, and a warning says so.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
@@ -50,10 +50,11 @@ PARTS = ("fp16.", "bf16.", "bfloat16.", "torch_autocast.")
 """Keys that say what is computed in."""
 BUCKETS = tuple(name for name in KEYS if name.endswith("_bucket_size"))
 """Keys that the model's width says."""
-_LOOPS_OWN = (
+LOOPS_OWN = (
     *("train_batch_size", "train_micro_batch_size_per_gpu", "gradient_accumulation_steps", "gradient_clipping"),
     *("optimizer.type", "scheduler.type"),
 )
+"""Keys that are the business of a loop of the user's own."""
 _REPORTS = "bytes at rest and the last step's messages"
 Plugin = TypeVar("Plugin", bound=FabricPrecision)
 
@@ -189,8 +190,9 @@ class FromFile:
             ValueError: If its own arguments contradict the file, or batch sizes do not add up.
 
         """
+        self._begin_fit(trainer)
         if not trainer.lightning_module.automatic_optimization:
-            self.leave_to_loop("training_step, which optimizes by hand,")
+            self._leave_to_training_step()
             return
         known = Known(
             ranks=ranks, accumulation=trainer.accumulate_grad_batches, clipping=trainer.gradient_clip_val or 0.0
@@ -198,6 +200,12 @@ class FromFile:
         self.config = fill(self.config, known, ("gradient_accumulation_steps", "gradient_clipping"))
         trainer.accumulate_grad_batches = self.accumulation(trainer.accumulate_grad_batches, ranks)
         self._clip(trainer)
+
+    def _begin_fit(self, trainer: pl.Trainer) -> None:
+        """Forget what an earlier fit has filled in, and look at the Trainer's arguments; ``lay_out`` has done it."""
+
+    def _leave_to_training_step(self) -> None:
+        self.leave_to_loop("training_step, which optimizes by hand,")
 
     def accumulation(self, ours: int, ranks: int, name: str = "accumulate_grad_batches") -> int:
         """How many micro-batches make a step.
@@ -240,24 +248,25 @@ class FromFile:
             raise self.conflict("clipping", "gradient_clip_algorithm='value'", f"gradient_clipping {limit} by norm")
         trainer.gradient_clip_val = limit
 
-    def leave_to_loop(self, whose: str, ranks: int | None = None) -> None:
+    def leave_to_loop(self, whose: str, ranks: int | None = None, keys: Sequence[str] = LOOPS_OWN) -> None:
         """Say which keys are the business of a loop of the user's own; check what can be checked of them.
 
         Args:
             whose: The loop, for the message.
             ranks: How many processes train, if batch sizes are to be checked.
+            keys: Those that it may have to see to.
 
         Raises:
             ValueError: If batch sizes do not add up.
 
         """
         config = self.config
-        train, micro, accumulation = (config.given(name) for name in _LOOPS_OWN[:3])
+        train, micro, accumulation = (config.given(name) for name in LOOPS_OWN[:3])
         if ranks is not None and None not in (train, micro, accumulation):
             Batches.of(ranks, train, micro, accumulation, config.where)
         if self.shows_report and ranks is not None:
             rank_zero_info(f"{config.where}: call lightning_accel.engine_of(model).report() for {_REPORTS}.")
-        found = [name for name in _LOOPS_OWN if name in config]
+        found = [name for name in keys if name in config]
         if found:
             rank_zero_warn(
                 f"{config.where}: {', '.join(found)} {'is' if len(found) == 1 else 'are'} left to {whose} for which"

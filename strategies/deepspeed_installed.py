@@ -3,10 +3,14 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from datetime import timedelta
 from importlib.metadata import PackageNotFoundError, version
 from typing import Any
 
 import torch
+from lightning.fabric.plugins.collectives.torch_collective import default_pg_timeout
 from packaging.version import Version
 
 LEAST = "0.19.8"
@@ -51,7 +55,41 @@ def import_deepspeed(device: torch.device) -> Any:
     found = get_accelerator().device_name()
     if found != device.type:
         raise RuntimeError(
-            f"Expected DeepSpeed to be set up for {device.type}, which the Trainer trains on, got {found}. Set the"
+            f"Expected DeepSpeed to be set up for {device.type}, which is trained on, got {found}. Set the"
             f" environment variable DS_ACCELERATOR={device.type} before deepspeed is imported."
         )
     return deepspeed
+
+
+@contextmanager
+def local_rank_known(rank: int) -> Iterator[None]:
+    """Within it DeepSpeed finds this process's place on its node in the environment.
+
+    A main process that starts the others has none there; Lightning takes a process that keeps one for one of those.
+
+    Args:
+        rank: On this node.
+
+    """
+    if "LOCAL_RANK" in os.environ:
+        yield
+        return
+    os.environ["LOCAL_RANK"] = str(rank)
+    try:
+        yield
+    finally:
+        os.environ.pop("LOCAL_RANK", None)
+
+
+def join_process_group(device: torch.device, backend: str | None, timeout: timedelta | None) -> None:
+    """Have DeepSpeed know the process group that there is.
+
+    Args:
+        device: What is trained on.
+        backend: Of the group.
+        timeout: Longest wait for a collective.
+
+    """
+    import_deepspeed(device).init_distributed(
+        backend, auto_mpi_discovery=False, verbose=False, timeout=timeout or default_pg_timeout
+    )

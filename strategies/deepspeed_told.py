@@ -4,7 +4,8 @@
 Lightning divides each loss by ``accumulate_grad_batches`` and says when to step; DeepSpeed adds gradients up until then
 (``managed_gradient_accumulation: false``), and its ``backward`` divides by nothing. DeepSpeed alone clips, in its step,
 to the limit that the file or the Trainer gives. The Trainer and the file must agree, or one of them be silent. If both
-are, nothing is clipped.
+are, nothing is clipped. A loop with Fabric does what the Trainer does; how many micro-batches it steps after is held
+against the file.
 """
 
 from __future__ import annotations
@@ -14,6 +15,11 @@ from typing import Any, cast
 
 import lightning.pytorch as pl
 import torch
+from lightning.fabric.accelerators import CPUAccelerator as FabricCPUAccelerator
+from lightning.fabric.plugins.precision import HalfPrecision as FabricHalfPrecision
+from lightning.fabric.plugins.precision import MixedPrecision as FabricMixedPrecision
+from lightning.fabric.plugins.precision import Precision as FabricPrecision
+from lightning.pytorch.accelerators import CPUAccelerator
 from lightning.pytorch.core.optimizer import _MockOptimizer
 from lightning.pytorch.plugins.precision import HalfPrecision, MixedPrecision, Precision
 from lightning.pytorch.utilities.types import LRSchedulerConfig
@@ -23,7 +29,14 @@ from typing_extensions import override
 
 from lightning_accel.deepspeed_config import Batches, Computing, Known, fill, says_fp32
 from lightning_accel.deepspeed_config.values import AUTO
-from lightning_accel.strategies.deepspeed_file import BUCKETS, PARTS, DeepSpeedFile, FromFile, hidden_size
+from lightning_accel.strategies.deepspeed_file import (
+    BUCKETS,
+    LOOPS_OWN,
+    PARTS,
+    DeepSpeedFile,
+    FromFile,
+    hidden_size,
+)
 
 PRECISIONS = {
     "32-true": torch.float32,
@@ -32,7 +45,11 @@ PRECISIONS = {
     "16-mixed": torch.float16,
 }
 """What ``precision=`` may be, and what forward and backward compute in."""
-_PLUGINS = (Precision, HalfPrecision, MixedPrecision)
+_PLUGINS = (
+    *(Precision, HalfPrecision, MixedPrecision),
+    *(FabricPrecision, FabricHalfPrecision, FabricMixedPrecision),
+)
+_LEFT_TO_FABRIC = ("optimizer.type", "scheduler.type")
 _OTHER_PARALLELISM = ("tensor_parallel", "sequence_parallel_size", "data_parallel_size", "expert_parallel", "pipeline")
 _Z = "zero_optimization"
 
@@ -70,16 +87,26 @@ class EngineFile(FromFile):
     def tell_left_out(self) -> None:
         """Nothing is: DeepSpeed gets every key."""
 
-    def computes_in(self, plugin: Precision) -> tuple[str, bool]:
+    def computes_in(self, plugin: FabricPrecision, accelerator: object = None) -> tuple[str, bool]:
         """The precision, as the Trainer calls it, and whether DeepSpeed autocasts.
 
         Args:
-            plugin: The Trainer's.
+            plugin: The Trainer's or Fabric's.
+            accelerator: Likewise; on the CPU there is no fp16.
 
         Raises:
             ValueError: If there is no such precision in DeepSpeed, or the file contradicts it.
 
         """
+        name, autocasts = self._agreed(plugin)
+        if name == "16-mixed" and isinstance(accelerator, (CPUAccelerator, FabricCPUAccelerator)):
+            raise ValueError(
+                "Expected precision='bf16-mixed' or '32-true' on the CPU with strategy='accel_deepspeed', got"
+                " fp16, which DeepSpeed has for CUDA only. strategy='accel_zero2' has it on the CPU, too."
+            )
+        return name, autocasts
+
+    def _agreed(self, plugin: FabricPrecision) -> tuple[str, bool]:
         name = str(plugin.precision)
         if type(plugin) not in _PLUGINS or name not in PRECISIONS:
             given = repr(name) if type(plugin).__module__.startswith("lightning.") else type(plugin).__name__
@@ -102,58 +129,73 @@ class EngineFile(FromFile):
         return name, autocasts
 
     @override
-    def steer(self, trainer: pl.Trainer, ranks: int) -> None:
-        """Have a Trainer accumulate as the file says, and see that both want the same clipping.
-
-        Args:
-            trainer: The Trainer, about to fit.
-            ranks: How many processes train.
-
-        Raises:
-            ValueError: If its own arguments contradict the file, or batch sizes do not add up.
-
-        """
+    def _begin_fit(self, trainer: pl.Trainer) -> None:
         self.config = self._begun
         if trainer.gradient_clip_val and trainer.gradient_clip_algorithm == "value":
             raise ValueError(
                 "Expected gradient_clip_algorithm='norm' with strategy='accel_deepspeed', got 'value': DeepSpeed clips"
                 " by norm only."
             )
+
+    @override
+    def _leave_to_training_step(self) -> None:
         asked = self.config.given("gradient_accumulation_steps")
-        if trainer.lightning_module.automatic_optimization:
-            super().steer(trainer, ranks)
-        elif asked not in (None, 1):
+        if asked not in (None, 1):
             raise ValueError(
                 f"Expected no gradient_accumulation_steps in {self.config.where} with manual optimization, got {asked}:"
                 " DeepSpeed steps whenever training_step does. Leave it out."
             )
+
+    def begin_loop(self, ranks: int) -> int | None:
+        """Begin anew for a model of a loop of the user's own, and say what is left to it.
+
+        Args:
+            ranks: How many processes train.
+
+        Returns:
+            How many micro-batches make a step, if the file says so.
+
+        Raises:
+            ValueError: If batch sizes do not add up.
+
+        """
+        self.config = self._begun
+        self.leave_to_loop("the loop,", keys=_LEFT_TO_FABRIC)
+        train, micro, asked = (self.config.given(name) for name in LOOPS_OWN[:3])
+        return None if asked is None and None in (train, micro) else self.accumulation(1, ranks)
+
+    @property
+    def clipping(self) -> float | None:
+        """The largest norm of gradients, if the file has one."""
+        limit: float | None = self.config.given("gradient_clipping")
+        return limit
 
     @override
     def _clip(self, trainer: pl.Trainer) -> None:
         if self.config.given("gradient_clipping") is not None:
             super()._clip(trainer)
 
-    def told(self, trainer: pl.Trainer, ranks: int, module: nn.Module, precision: str) -> dict[str, Any]:
+    def told(
+        self, ranks: int, module: nn.Module, precision: str, *, accumulation: int, clipping: float | None
+    ) -> dict[str, Any]:
         """What DeepSpeed is told, without an optimizer and a schedule. See [Note: said once].
 
         Args:
-            trainer: The Trainer, about to fit, and steered.
             ranks: How many processes train.
             module: The model, whose width bucket sizes may be left to.
             precision: What ``computes_in`` has returned.
+            accumulation: Micro-batches of a step.
+            clipping: The largest norm of gradients; None or 0 is none.
 
         Raises:
             ValueError: If what is ``"auto"`` cannot be filled in.
 
         """
-        automatic = trainer.lightning_module.automatic_optimization
         self.config = fill(self.config, Known(ranks=1, hidden_size=hidden_size(module)), BUCKETS)
         train, micro = (self.config.given(name) for name in ("train_batch_size", "train_micro_batch_size_per_gpu"))
         if train is None and micro is None:
-            micro = 1  # until the loader is there: see `samples`
-        accumulation = trainer.accumulate_grad_batches if automatic else 1
+            micro = 1  # until the loader is there: see `samples_of_batch`
         sizes = Batches.of(ranks, train, micro, accumulation, self.config.where)
-        clipping = trainer.gradient_clip_val if automatic else self.config.given("gradient_clipping")
         found = _nested({name: value for name, value in self.config.values.items() if value != AUTO})
         for part in ("optimizer", "scheduler"):
             found.pop(part, None)

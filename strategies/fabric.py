@@ -31,14 +31,22 @@ from lightning_accel.plugins.precision import engine_optimizer, require_known_sc
 from lightning_accel.strategies.checkpoints import Checkpoints, StateDictType
 from lightning_accel.strategies.deepspeed_file import DeepSpeedFile, FromFile
 from lightning_accel.strategies.engine_module import EngineModule, EngineSyncControl, without_module
+from lightning_accel.strategies.fabric_deepspeed import AccelDeepSpeedStrategy
 from lightning_accel.strategies.fabric_saving import SavingFabricStrategy
 from lightning_accel.strategies.fsdp import SHARDINGS, row_of_sharding
+from lightning_accel.strategies.launched import fractional, register_each, require_start_method
 from lightning_accel.strategies.options import EngineOptions, Recomputed, reject_unknown, to_device
-from lightning_accel.strategies.trainer import START_METHODS
 from lightning_accel.strategies.xla_fabric import AccelXLAStrategy
 from lightning_accel.strategies.zero import STAGES, row_of_stage
 
-__all__ = ["AccelDDPStrategy", "AccelFSDPStrategy", "AccelXLAStrategy", "AccelZeROStrategy", "EngineModule"]
+__all__ = [
+    "AccelDDPStrategy",
+    "AccelDeepSpeedStrategy",
+    "AccelFSDPStrategy",
+    "AccelXLAStrategy",
+    "AccelZeROStrategy",
+    "EngineModule",
+]
 
 
 class AccelFabricStrategy(SavingFabricStrategy):
@@ -114,8 +122,7 @@ class AccelFabricStrategy(SavingFabricStrategy):
         **unknown: Any,
     ) -> None:
         reject_unknown(type(self), unknown)
-        if start_method not in START_METHODS.values():
-            raise ValueError(f"Expected start_method to be 'popen', 'spawn' or 'fork', got {start_method!r}.")
+        require_start_method(start_method)
         require_offload(offload, row)
         Dtypes.checked(param_dtype, reduce_dtype, row)
         if gradient_compression is not None:
@@ -293,10 +300,7 @@ class AccelFabricStrategy(SavingFabricStrategy):
         self, tensor: Tensor | Any, group: Any | None = None, reduce_op: ReduceOp | str | None = "mean"
     ) -> Tensor | Any:
         """Reduce a tensor over ranks; the mean of integers is a fraction."""
-        mean = isinstance(reduce_op, str) and reduce_op.lower() in ("mean", "avg")
-        if mean and isinstance(tensor, Tensor) and not (tensor.is_floating_point() or tensor.is_complex()):
-            tensor = tensor.to(torch.get_default_dtype())
-        return super().all_reduce(tensor, group, reduce_op)
+        return super().all_reduce(fractional(tensor, reduce_op), group, reduce_op)
 
     # --------------------------------------------------------------------- end
 
@@ -323,16 +327,7 @@ class AccelFabricStrategy(SavingFabricStrategy):
     @override
     def register_strategies(cls, strategy_registry: _StrategyRegistry) -> None:
         for row, arguments in cls.registered().items():
-            for suffix, start_method in START_METHODS.items():
-                name = f"accel_{row}{suffix}"
-                if name not in strategy_registry:
-                    strategy_registry.register(
-                        name,
-                        cls,
-                        description=f"{cls.__name__}, row {row}, ranks started by {start_method}",
-                        start_method=start_method,
-                        **arguments,
-                    )
+            register_each(strategy_registry, cls, f"accel_{row}", f"row {row}", **arguments)
 
     @classmethod
     def registered(cls) -> dict[str, dict[str, Any]]:

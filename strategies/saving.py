@@ -10,7 +10,6 @@ from typing import Any
 from lightning.fabric.plugins import CheckpointIO
 from lightning.pytorch.callbacks import Callback
 from lightning.pytorch.core.optimizer import LightningOptimizer
-from lightning.pytorch.strategies import DDPStrategy
 from lightning.pytorch.strategies.launchers import _SubprocessScriptLauncher
 from lightning.pytorch.trainer.states import TrainerStatus
 from lightning.pytorch.utilities.model_helpers import is_overridden
@@ -39,6 +38,7 @@ from lightning_accel.strategies.files import (
     require_lightning,
 )
 from lightning_accel.strategies.fitting import prepare_all
+from lightning_accel.strategies.launched import AccelLaunchedStrategy
 from lightning_accel.strategies.resume import Continuation
 from lightning_accel.strategies.unanimous import unanimous
 
@@ -47,14 +47,13 @@ _GRACE_S = 10.0
 end by themselves after rank 0 failed."""
 
 
-class SavingStrategy(DDPStrategy):
+class SavingStrategy(AccelLaunchedStrategy):
     """Base of ``AccelStrategy``: its checkpoints. It sets the attributes."""
 
     row: Row
     engine: Engine | None
     _checkpoints: Checkpoints
     _continuation: Continuation
-    _failed: bool
     _was_set_up: bool
     _awaited: tuple[dict[str, Any], bool] | None
     _collecting: Collecting | None = None

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from datetime import timedelta
 from pathlib import Path
 from typing import Any, Literal
@@ -14,7 +14,6 @@ from lightning.fabric.plugins import CheckpointIO, ClusterEnvironment
 from lightning.fabric.plugins.collectives.torch_collective import default_pg_timeout
 from lightning.fabric.strategies import _StrategyRegistry
 from lightning.fabric.utilities.optimizer import _optimizers_to_device
-from lightning.fabric.utilities.types import ReduceOp
 from lightning.pytorch.core.optimizer import _MockOptimizer
 from lightning.pytorch.plugins.precision import Precision
 from lightning.pytorch.strategies.launchers import _MultiProcessingLauncher
@@ -38,27 +37,16 @@ from lightning_accel.strategies.averaging import require_averaging_in_parts
 from lightning_accel.strategies.checkpoints import Checkpoints, StateDictType
 from lightning_accel.strategies.evenness import adopt, require_even
 from lightning_accel.strategies.failure import explain
+from lightning_accel.strategies.launched import evaluate_writably, register_each
 from lightning_accel.strategies.options import EngineOptions, Recomputed, reject_unknown, to_device
 from lightning_accel.strategies.resume import Continuation
 from lightning_accel.strategies.saving import SavingStrategy, unwrap
 from lightning_accel.strategies.schedule import hold_schedules
 from lightning_accel.strategies.signals import AgreedSignals
 
-START_METHODS: dict[str, Literal["popen", "spawn", "fork"]] = {
-    "": "popen",
-    "_spawn": "spawn",
-    "_fork": "fork",
-    "_notebook": "fork",
-}
-"""Suffixes of registered names, and the way each starts its processes."""
-
 
 class AccelStrategy(SavingStrategy):
     """Base of the Trainer strategies.
-
-    It derives from Lightning's ``DDPStrategy`` for what is no concern of the engine: launching, process groups,
-    cluster environments, barriers. Lightning also looks for that class in several places (samplers for the ranks,
-    ``sync_dist``, compiled modules).
 
     Args:
         row: The placement row.
@@ -142,8 +130,6 @@ class AccelStrategy(SavingStrategy):
         **unknown: Any,
     ) -> None:
         reject_unknown(type(self), unknown)
-        if start_method not in START_METHODS.values():
-            raise ValueError(f"Expected start_method to be 'popen', 'spawn' or 'fork', got {start_method!r}.")
         require_offload(offload, row)
         Dtypes.checked(param_dtype, reduce_dtype, row)
         if gradient_compression is not None:
@@ -170,7 +156,6 @@ class AccelStrategy(SavingStrategy):
         self._weight_of_batch: float | Tensor | None = None
         self._accumulation = Accumulation()
         self._step_was_skipped = False
-        self._at_teardown = ExitStack()
         self._continuation = Continuation(self)
         super().__init__(
             accelerator=accelerator,
@@ -183,18 +168,11 @@ class AccelStrategy(SavingStrategy):
             start_method=start_method,
         )
         self.engine = None
-        self._failed = False
         self._signals: AgreedSignals | None = None
         self._was_set_up = False  # in this stage
         self._awaited: tuple[dict[str, Any], bool] | None = None  # values for a model that is on the meta device still
 
     # ---------------------------------------------------------------- plugins
-
-    @property
-    @override
-    def is_distributed(self) -> bool:
-        """Lightning injects samplers and reduces metrics by this."""
-        return True
 
     @property
     @override
@@ -249,10 +227,7 @@ class AccelStrategy(SavingStrategy):
             self._continuation.take_up(trainer)
         if fitting and self._layer_sync:
             self.model = self._layer_sync.apply(self.model)
-        # Inference tensors cannot be written to later: buffers that evaluation creates would break training.
-        for loop in (trainer.fit_loop.epoch_loop.val_loop, trainer.validate_loop, trainer.test_loop):
-            loop.inference_mode = False
-        trainer.predict_loop.inference_mode = False
+        evaluate_writably(trainer)
         self._failed = False
         self._was_set_up = True
         if not self._goes_on(fitting):
@@ -399,14 +374,6 @@ class AccelStrategy(SavingStrategy):
             with self.engine.no_sync():
                 yield
 
-    @override
-    def reduce(
-        self, tensor: Tensor | Any, group: Any | None = None, reduce_op: ReduceOp | str | None = "mean"
-    ) -> Tensor | Any:
-        """Reduce a tensor over ranks; the mean of integers is a fraction."""
-        tensor = fractional(tensor, reduce_op)
-        return super().reduce(tensor, group, reduce_op)
-
     # --------------------------------------------------------------------- end
 
     @override
@@ -454,16 +421,7 @@ class AccelStrategy(SavingStrategy):
     @override
     def register_strategies(cls, strategy_registry: _StrategyRegistry) -> None:
         for row, arguments in cls.registered().items():
-            for suffix, start_method in START_METHODS.items():
-                name = f"accel_{row}{suffix}"
-                if name not in strategy_registry:
-                    strategy_registry.register(
-                        name,
-                        cls,
-                        description=f"{cls.__name__}, row {row}, ranks started by {start_method}",
-                        start_method=start_method,
-                        **arguments,
-                    )
+            register_each(strategy_registry, cls, f"accel_{row}", f"row {row}", **arguments)
 
     @classmethod
     def registered(cls) -> dict[str, dict[str, Any]]:
@@ -474,11 +432,3 @@ class AccelStrategy(SavingStrategy):
 def _require_clipping(limit: float | None) -> None:
     if limit is not None and not limit >= 0:  # NaN is not, either
         raise ValueError(f"Expected gradient_clip_val to be positive, or None or 0 for no clipping, got {limit}.")
-
-
-def fractional(tensor: Tensor | Any, reduce_op: ReduceOp | str | None) -> Tensor | Any:
-    """A tensor that can hold the mean of what it is; other objects, and for other reductions, itself."""
-    mean = isinstance(reduce_op, str) and reduce_op.lower() in ("mean", "avg")
-    if mean and isinstance(tensor, Tensor) and not (tensor.is_floating_point() or tensor.is_complex()):
-        return tensor.to(torch.get_default_dtype())
-    return tensor

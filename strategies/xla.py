@@ -32,6 +32,7 @@ from lightning_accel.core.partition import Units
 from lightning_accel.core.xla import XLAEngine
 from lightning_accel.plugins.xla_precision import suitable
 from lightning_accel.strategies.files import LEFT_IN_FILE, in_memory, require_lightning
+from lightning_accel.strategies.launched import evaluate_writably
 from lightning_accel.strategies.saving import unwrap
 from lightning_accel.strategies.xla_shared import (
     OneProgram,
@@ -131,10 +132,7 @@ class AccelXLAStrategy(OneProgram, ParallelStrategy):
         assert self.model is not None
         self.accelerator.setup(trainer)
         self.engine = None
-        # Buffers that evaluation creates could not be written to later.
-        for loop in (trainer.fit_loop.epoch_loop.val_loop, trainer.validate_loop, trainer.test_loop):
-            loop.inference_mode = False
-        trainer.predict_loop.inference_mode = False
+        evaluate_writably(trainer)
         # Statistics of a batch are those of the global one: there are no layers to be synchronised.
         self.model = self.precision_plugin.convert_module(self.model)
         self.model_to_device()

@@ -37,6 +37,7 @@ from lightning_accel.strategies.compact import compact
 from lightning_accel.strategies.engine_module import not_set_up, without_module
 from lightning_accel.strategies.fabric_saving import hand_out
 from lightning_accel.strategies.files import in_memory
+from lightning_accel.strategies.launched import fractional
 from lightning_accel.strategies.xla_shared import (
     OneProgram,
     follow,
@@ -228,8 +229,8 @@ class AccelXLAStrategy(OneProgram, Strategy):
             engines[0].cut()
 
     def all_reduce(self, tensor: Any, group: Any | None = None, reduce_op: Any = "mean") -> Any:
-        """What is given: it is of the global batch."""
-        return tensor
+        """What is given: it is of the global batch; the mean of integers is a fraction."""
+        return fractional(tensor, reduce_op)
 
     # ------------------------------------------------------------- checkpoints
 

@@ -139,6 +139,22 @@ _SPECS = (
     ),
     *(
         Spec(
+            name=f"{name}{stage}",
+            adapter=f".deepspeed_behind:{adapter}",
+            family="accel",
+            about=f"{about} with deepspeed_zero{stage}'s JSON",
+            arguments={"stage": stage},
+            requires=(*_LIGHTNING, *_ACCEL, "deepspeed"),
+        )
+        for name, adapter, about in (
+            ("trainer_accel_ds", "TrainerDeepSpeed", "Trainer(strategy='accel_deepspeed'), DeepSpeed's engine,"),
+            ("fabric_accel_ds", "FabricDeepSpeed", "Fabric(strategy='accel_deepspeed'), DeepSpeed's engine,"),
+            ("fabric_accel_json", "FabricFile", "Fabric(AccelZeROStrategy(config=...)), our engine,"),
+        )
+        for stage in (1, 2, 3)
+    ),
+    *(
+        Spec(
             name=f"accel_{row}",
             adapter=".accel:AccelEngine",
             family="accel",

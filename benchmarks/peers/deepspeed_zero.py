@@ -1,13 +1,5 @@
 """DeepSpeed's ZeRO through its own API, on CPU.
 
-What is set away from its defaults, which are made for billions of parameters on GPUs:
-
-- `gradient_clipping` is 0.0; 1.0 is the default.
-- Buckets hold as much as DDP's, 25 MiB, instead of 5e8 elements; in stage 3 nothing stays gathered for its next use
-  (`stage3_max_reuse_distance` 0, 1e9 elements by default), so that parameters do rest sharded in a model of this size,
-  and parameters of up to 1e4 elements stay whole, instead of 1e5.
-- torch's fused AdamW is the optimizer, for which `zero_force_ds_cpu_optimizer` is off.
-
 DeepSpeed keeps an fp32 copy of this rank's part of the parameters even where the model is in fp32.
 """
 
@@ -24,34 +16,11 @@ import deepspeed  # noqa: E402 - it reads the environment
 from torch import Tensor  # noqa: E402
 from torch.optim import Optimizer  # noqa: E402
 
-from benchmarks.config import Config  # noqa: E402
-from benchmarks.models import MODELS, build_optimizer  # noqa: E402
+from benchmarks.models import build_optimizer  # noqa: E402
 from benchmarks.peers.base import Peer  # noqa: E402
+from benchmarks.peers.deepspeed_settings import settings  # noqa: E402
 
 _TAG = "checkpoint"
-BUCKET_ELEMENTS = 25 * 2**20 // 4
-
-
-def settings(config: Config, stage: int) -> dict[str, Any]:
-    """DeepSpeed's configuration."""
-    return {
-        "train_micro_batch_size_per_gpu": MODELS[config.model].micro_batch,
-        "gradient_accumulation_steps": config.accumulate,
-        "gradient_clipping": 0.0,
-        "steps_per_print": 2**31,
-        "zero_allow_untested_optimizer": True,
-        "zero_force_ds_cpu_optimizer": False,
-        "bf16": {"enabled": config.precision == "bf16-mixed"},
-        "zero_optimization": {
-            "stage": stage,
-            "reduce_bucket_size": BUCKET_ELEMENTS,
-            "allgather_bucket_size": BUCKET_ELEMENTS,
-            "stage3_prefetch_bucket_size": BUCKET_ELEMENTS,
-            "stage3_param_persistence_threshold": 10_000,
-            "stage3_max_live_parameters": 2 * BUCKET_ELEMENTS,
-            "stage3_max_reuse_distance": 0,
-        },
-    }
 
 
 class DeepSpeedZeRO(Peer):
@@ -92,10 +61,8 @@ class DeepSpeedZeRO(Peer):
         return [self.engine.optimizer.optimizer]
 
     def more(self) -> dict[str, list[Tensor]]:
-        """Stage 3 keeps parts of parameters as attributes of what is empty, and gradients in a buffer."""
-        parts = [p.ds_tensor for p in self.module.parameters() if hasattr(p, "ds_tensor")]
-        buffer = getattr(self.engine.optimizer, "grad_partitions_flat_buffer", None)
-        return {"parameters": parts, "gradients": [] if buffer is None else [buffer]}
+        """What stage 3 hides."""
+        return held_by(self.engine)
 
     def save(self, path: Path) -> None:
         """Its ``save_checkpoint``: a file of the model, and one of each rank's optimizer state."""
@@ -117,3 +84,10 @@ class DeepSpeedZeRO(Peer):
             batch = tuple(tensor.bfloat16() if tensor.is_floating_point() else tensor for tensor in batch)
         loss: Tensor = self.engine(*batch)
         return loss
+
+
+def held_by(engine: Any) -> dict[str, list[Tensor]]:
+    """What stage 3 keeps out of sight: parts of parameters as attributes of what is empty, gradients in a buffer."""
+    parts = [p.ds_tensor for p in engine.module.parameters() if hasattr(p, "ds_tensor")]
+    buffer = getattr(engine.optimizer, "grad_partitions_flat_buffer", None)
+    return {"parameters": parts, "gradients": [] if buffer is None else [buffer]}

@@ -4,7 +4,8 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.models import MODELS, build_optimizer
-from benchmarks.peers.deepspeed_zero import DeepSpeedZeRO, settings
+from benchmarks.peers.deepspeed_settings import settings
+from benchmarks.peers.deepspeed_zero import DeepSpeedZeRO
 
 from accelerate import Accelerator, DeepSpeedPlugin  # isort: skip - after DeepSpeed was told that it is on a CPU
 

@@ -84,6 +84,10 @@ class TrainerPeer(Peer):
         losses = self.history.pop()
         return stopwatch.result(losses[0], losses[start : start + LOST_STEPS], losses[start + LOST_STEPS :])
 
+    def strategy(self) -> Any:
+        """What the Trainer is told."""
+        return self.arguments["strategy"]
+
     def teardown(self) -> None:
         """Nothing: a fit leaves nothing behind."""
 
@@ -117,7 +121,7 @@ class TrainerPeer(Peer):
         self.trainer = lightning.Trainer(
             accelerator="cpu",
             devices=config.ranks,
-            strategy=ModelParallelStrategy(config.ranks, 1) if sharded else self.arguments["strategy"],
+            strategy=ModelParallelStrategy(config.ranks, 1) if sharded else self.strategy(),
             precision=config.precision,
             max_steps=last,
             accumulate_grad_batches=config.accumulate,

@@ -15,7 +15,7 @@ from lightning_accel.convert.deepspeed_layout import parts_of
 from lightning_accel.convert.deepspeed_state import State, optimizer_state, universal_state, zero_state
 from lightning_accel.convert.joined import join
 
-_OWN_KEYS = frozenset(
+OWN_KEYS = frozenset(
     {
         "buffer_names",
         "checkpoint_parallel_dimensions",
@@ -83,7 +83,7 @@ def _opened(files: DeepSpeedFiles) -> Contents:
         optimizers = [optimizer_state(files, state)]
     if files.shared.get("dynamic_loss_scale"):
         left_out.append("the loss scale: its state is of DeepSpeed's own kind")
-    given = {key: value for key, value in files.model.items() if key not in _OWN_KEYS}
+    given = {key: value for key, value in files.model.items() if key not in OWN_KEYS}
     nest: dict[str, Any] = {
         "epoch": 0,
         "global_step": int(files.model.get("global_steps") or 0),

@@ -60,6 +60,8 @@ def simulated(ranks: int, rank: int = 0) -> Iterator[None]:
 class SimulatedCollectives(TorchCollectives):
     """Of torch's fake process group. See [Note: a simulated rank]."""
 
+    _scatters_in_one = True
+
     @override
     def reduce_scatter(self, buffer: Tensor, layout: Layout, out: Tensor) -> Pending:
         return _Done(super().reduce_scatter(buffer, layout, out))

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
+import os
 import sys
-from pathlib import Path
 from types import FrameType
 
 import torch
@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from lightning_accel.core.absent import AbsentParameter
 
-_COMPILED_CALL = ("compile_wrapper", ("_dynamo", "eval_frame.py"))
+_COMPILED_CALL = "compile_wrapper", os.path.join("_dynamo", "eval_frame.py")
 
 
 class Structure:
@@ -39,18 +39,36 @@ class Structure:
             RuntimeError: Names the parameter and what to do.
 
         """
-        for name, parameter in self._module.named_parameters():
-            view = views.get(parameter)
-            if view is None:
-                if parameter.requires_grad and parameter not in self.names:
-                    raise RuntimeError(
-                        f"Expected the model to keep the parameters it was set up with, but {name!r} was added, or"
-                        " replaced by another object, since then: it would not be trained on all ranks. Create all"
-                        " parameters before the model is set up (in __init__, setup or configure_model), and change"
-                        " values in place (with torch.no_grad(): parameter.copy_(...))."
-                    )
-            elif not isinstance(parameter, AbsentParameter) and parameter.data_ptr() != view.data_ptr():
-                self._take_back(parameter, view)
+        names = self.names
+        seen = {self._module}
+        parts = [self._module]
+        while parts:  # before each forward: three times as fast as named_parameters()
+            part = parts.pop()
+            for parameter in part._parameters.values():
+                if parameter is None:
+                    continue
+                view = views.get(parameter)
+                if view is None:
+                    if parameter.requires_grad and parameter not in names:
+                        raise self._unknown(parameter)
+                    continue
+                # Of a parameter's class torch asks in Python: first the quick question.
+                there = type(parameter) is nn.Parameter or not isinstance(parameter, AbsentParameter)
+                if there and parameter.data_ptr() != view.data_ptr():
+                    self._take_back(parameter, view)
+            for child in part._modules.values():
+                if child is not None and child not in seen:
+                    seen.add(child)
+                    parts.append(child)
+
+    def _unknown(self, parameter: nn.Parameter) -> RuntimeError:
+        name = next(name for name, found in self._module.named_parameters() if found is parameter)
+        return RuntimeError(
+            f"Expected the model to keep the parameters it was set up with, but {name!r} was added, or replaced by"
+            " another object, since then: it would not be trained on all ranks. Create all parameters before the model"
+            " is set up (in __init__, setup or configure_model), and change values in place (with torch.no_grad():"
+            " parameter.copy_(...))."
+        )
 
     def _take_back(self, parameter: nn.Parameter, view: Tensor) -> None:
         """Have new values where they belong, which came by ``parameter.data = ...``."""
@@ -78,9 +96,10 @@ def is_compiled(module: nn.Module) -> bool:
 
 def called_by_compiled_code() -> bool:
     """Whether the caller is called, however indirectly, by what ``torch.compile`` returned."""
+    name, file = _COMPILED_CALL
     frame: FrameType | None = sys._getframe()
-    while frame is not None:
-        if (frame.f_code.co_name, Path(frame.f_code.co_filename).parts[-2:]) == _COMPILED_CALL:
+    while frame is not None:  # often, and through all of Lightning: names first
+        if frame.f_code.co_name == name and frame.f_code.co_filename.endswith(file):
             return True
         frame = frame.f_back
     return False

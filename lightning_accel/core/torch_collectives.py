@@ -26,10 +26,18 @@ class TorchCollectives(Collectives):
 
     _stream: torch.Stream | None = None
 
+    @property
+    def _scatters_in_one(self) -> bool:
+        """Whether to use the back end's own reduce_scatter where that does.
+
+        On the CPU backward asks whether it is done, and gloo's does not tell before it is waited for.
+        """
+        return self.device.type != "cpu"
+
     @override
     def reduce_scatter(self, buffer: Tensor, layout: Layout, out: Tensor) -> Pending:
         self.traffic.add("reduce_scatter", sent_scattering(buffer, layout, self.rank))
-        if layout.is_even and out.dtype == buffer.dtype:
+        if layout.is_even and out.dtype == buffer.dtype and self._scatters_in_one:
             return Pending([_reduce_scatter_single(real(out), real(buffer), group=self.group, async_op=True)])
         # Every part to its rank, then a local sum: any back end can do that with parts of different sizes, and it adds
         # up in any dtype.

@@ -22,10 +22,11 @@ from torch.distributed.elastic.rendezvous import RendezvousClosedError
 from typing_extensions import override
 
 from lightning_accel.launching.deepspeed import require_sound
-from lightning_accel.launching.environment import LAUNCHER, environment, threads
+from lightning_accel.launching.environment import environment, threads
 from lightning_accel.launching.failure import first_failure
 from lightning_accel.launching.meeting import Meeting
 from lightning_accel.launching.settings import LaunchSettings
+from lightning_accel.variables import LAUNCHER
 
 _PORT = 29_500
 """Where several machines meet if nothing else is said: as with torchrun and Accelerate."""

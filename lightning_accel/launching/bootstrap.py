@@ -23,7 +23,7 @@ from importlib.machinery import SourceFileLoader
 from types import ModuleType, TracebackType
 
 from lightning_accel.launching import lightning_defaults
-from lightning_accel.launching.environment import LAUNCHER
+from lightning_accel.variables import LAUNCHER
 
 _SET_DEATH_SIGNAL = 1
 """PR_SET_PDEATHSIG of Linux."""

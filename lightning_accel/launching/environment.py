@@ -11,13 +11,9 @@ from __future__ import annotations
 
 import os
 
+from lightning_accel import variables
 from lightning_accel.launching.deepspeed import absolute
 from lightning_accel.launching.settings import LaunchSettings
-
-DEEPSPEED_CONFIG = "ACCEL_DEEPSPEED_CONFIG"
-"""The variable with the DeepSpeed file for ``Accelerator``, and for Trainers and Fabrics without a strategy."""
-LAUNCHER = "ACCEL_LAUNCHER_PID"
-"""The variable that says which process has started the ranks: they end with it."""
 
 
 def environment(settings: LaunchSettings, local_processes: int) -> dict[str, str]:
@@ -79,12 +75,12 @@ def _visible(gpu_ids: str) -> str:
 
 def _accel(settings: LaunchSettings) -> dict[str, str]:
     found = {
-        "ACCEL_STRATEGY": settings.strategy,
-        DEEPSPEED_CONFIG: None if settings.deepspeed_config is None else absolute(settings.deepspeed_config),
-        "ACCEL_MIXED_PRECISION": settings.mixed_precision,
-        "ACCEL_CPU": "1" if settings.cpu else None,
-        "ACCEL_GRADIENT_ACCUMULATION_STEPS": settings.gradient_accumulation_steps,
-        "ACCEL_DEBUG_MODE": "1" if settings.debug else None,
+        variables.STRATEGY: settings.strategy,
+        variables.DEEPSPEED_CONFIG: None if settings.deepspeed_config is None else absolute(settings.deepspeed_config),
+        variables.MIXED_PRECISION: settings.mixed_precision,
+        variables.CPU: "1" if settings.cpu else None,
+        variables.ACCUMULATION: settings.gradient_accumulation_steps,
+        variables.DEBUG: "1" if settings.debug else None,
         # Accelerate's own: told nothing, its ranks train alone on the CPU, and so does what stands on it.
         "ACCELERATE_USE_CPU": "true" if settings.cpu else None,
         "ACCELERATE_MIXED_PRECISION": settings.mixed_precision,

@@ -18,7 +18,7 @@ from types import ModuleType
 from typing import Any
 
 from lightning_accel.importing import after_import
-from lightning_accel.launching.environment import DEEPSPEED_CONFIG
+from lightning_accel.variables import DEEPSPEED_CONFIG
 
 _ARGUMENTS: dict[str, Callable[[str], str | int | float]] = {
     **dict.fromkeys(("accelerator", "strategy", "precision"), str),

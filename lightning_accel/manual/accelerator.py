@@ -25,7 +25,7 @@ from lightning_accel.manual.accumulation import Accumulation
 from lightning_accel.manual.choices import choose_strategy, precision_arguments, reject_unknown
 from lightning_accel.manual.clipping import Together, optimizers_of
 from lightning_accel.manual.deepspeed import LoopFile, MakesByFile
-from lightning_accel.manual.environment import ACCUMULATION, CPU, DEBUG, MIXED_PRECISION, GivenRanks, Ranks
+from lightning_accel.manual.environment import GivenRanks, Ranks
 from lightning_accel.manual.environment import flag as flag_of
 from lightning_accel.manual.environment import number as number_of
 from lightning_accel.manual.optimizer import PreparedOptimizer
@@ -39,6 +39,7 @@ from lightning_accel.manual.watching import LoaderWatch
 from lightning_accel.strategies.deepspeed_file import DeepSpeedFile
 from lightning_accel.strategies.engine_module import EngineModule
 from lightning_accel.strategies.fabric import AccelFabricStrategy, AccelZeROStrategy
+from lightning_accel.variables import ACCUMULATION, CPU, DEBUG, MIXED_PRECISION
 
 
 class Accelerator(Records, MakesByFile):

@@ -12,7 +12,6 @@ import torch
 from lightning.fabric.plugins import Precision
 from lightning.fabric.strategies import Strategy
 
-from lightning_accel.manual.environment import DEEPSPEED_CONFIG, STRATEGY
 from lightning_accel.plugins.accel_precision import PolicyPrecision
 from lightning_accel.strategies.fabric import (
     AccelDDPStrategy,
@@ -20,6 +19,7 @@ from lightning_accel.strategies.fabric import (
     AccelFSDPStrategy,
     AccelZeROStrategy,
 )
+from lightning_accel.variables import DEEPSPEED_CONFIG, STRATEGY
 
 PRECISIONS = {"no": "32-true", "fp16": "16-mixed", "bf16": "bf16-mixed", "fp8": "fp8-mixed"}
 """Accelerate's names, and Lightning's."""

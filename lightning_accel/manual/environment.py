@@ -12,14 +12,6 @@ from lightning.fabric.plugins.environments.lightning import find_free_network_po
 from lightning.fabric.utilities.rank_zero import rank_zero_only
 from typing_extensions import override
 
-STRATEGY = "ACCEL_STRATEGY"
-"""What `accel launch --strategy` sets; an argument of ``Accelerator`` takes precedence. The same for those below."""
-DEEPSPEED_CONFIG = "ACCEL_DEEPSPEED_CONFIG"
-MIXED_PRECISION = "ACCEL_MIXED_PRECISION"
-CPU = "ACCEL_CPU"
-ACCUMULATION = "ACCEL_GRADIENT_ACCUMULATION_STEPS"
-DEBUG = "ACCEL_DEBUG_MODE"
-
 _TRUE, _FALSE = ("1", "true", "yes", "on"), ("", "0", "false", "no", "off")
 
 

@@ -20,7 +20,7 @@ from torch.multiprocessing import start_processes
 from torch.multiprocessing.spawn import ProcessException, ProcessExitedException
 
 from lightning_accel.core.registry import await_peers
-from lightning_accel.manual.environment import CPU
+from lightning_accel.variables import CPU
 
 StartMethod = Literal["fork", "spawn", "forkserver"]
 

@@ -1,51 +1,25 @@
-"""The step that optimizers here have in common."""
+"""Optimizers that update many parameters at a time."""
 
 from __future__ import annotations
 
 from abc import abstractmethod
-from collections.abc import Callable, Hashable
-from typing import Any, overload
+from collections.abc import Hashable
+from typing import Any
 
-import torch
 from torch import Tensor
-from torch.optim import Optimizer
 from typing_extensions import override
 
 from lightning_accel.optimizers.batches import batches
+from lightning_accel.optimizers.grouped import GroupedOptimizer
 
 
-class BatchedOptimizer(Optimizer):
+class BatchedOptimizer(GroupedOptimizer):
     """Updates as many parameters at a time as one call of torch's foreach functions can."""
 
-    @overload
-    def step(self, closure: None = None) -> None: ...
-
-    @overload
-    def step(self, closure: Callable[[], float]) -> float: ...
-
-    @torch.no_grad()
     @override
-    def step(self, closure: Callable[[], float] | None = None) -> float | None:
-        """One step.
-
-        Args:
-            closure: Computes gradients again and returns the loss.
-
-        Returns:
-            What ``closure`` has returned.
-
-        Raises:
-            ValueError: If a parameter is complex, or a gradient sparse.
-
-        """
-        loss = None
-        if closure is not None:
-            with torch.enable_grad():
-                loss = closure()
-        for group in self.param_groups:
-            for batch in batches(group["params"], self._kind):
-                self._update(batch, group)
-        return loss
+    def _update_group(self, group: dict[str, Any]) -> None:
+        for batch in batches(group["params"], self._kind):
+            self._update(batch, group)
 
     def _kind(self, parameter: Tensor) -> Hashable:
         """What parameters that are updated together have alike, besides device and dtypes."""

@@ -2,17 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
-from typing import Any, overload
+from collections.abc import Iterable
+from typing import Any
 
 import torch
 from torch.optim import Optimizer
 from typing_extensions import override
 
 from lightning_accel.core import register_by_tensor
+from lightning_accel.optimizers.grouped import GroupedOptimizer
 
 
-class MuonWithAuxAdam(Optimizer):
+class MuonWithAuxAdam(GroupedOptimizer):
     """One optimizer whose parameter groups are torch's ``Muon``, ``AdamW`` or ``Adam``, with the names of DeepSpeed's.
 
     Muon orthogonalises the momentum of each matrix; vectors, embeddings and the like have no use for that. As one
@@ -50,34 +51,12 @@ class MuonWithAuxAdam(Optimizer):
         # The class checks shapes, and adds the settings that are missing.
         super().add_param_group(_part(param_group).param_groups[0])
 
-    @overload
-    def step(self, closure: None = None) -> None: ...
-
-    @overload
-    def step(self, closure: Callable[[], float]) -> float: ...
-
-    @torch.no_grad()
     @override
-    def step(self, closure: Callable[[], float] | None = None) -> float | None:
-        """One step of all groups.
-
-        Args:
-            closure: Computes gradients again and returns the loss.
-
-        Returns:
-            What ``closure`` has returned.
-
-        """
-        loss = None
-        if closure is not None:
-            with torch.enable_grad():
-                loss = closure()
-        for group in self.param_groups:
-            if group["params"]:
-                part = _part(group)
-                part.state = self.state
-                part.step()
-        return loss
+    def _update_group(self, group: dict[str, Any]) -> None:
+        if group["params"]:
+            part = _part(group)
+            part.state = self.state
+            part.step()
 
 
 def _part(group: dict[str, Any]) -> Optimizer:

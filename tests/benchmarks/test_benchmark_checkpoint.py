@@ -12,8 +12,19 @@ ROOT = Path(__file__).parents[2]
 
 
 @pytest.mark.matrix
-def test_all_contestants_save_and_load(tmp_path: Path) -> None:
-    command = [sys.executable, "-m", "benchmarks.checkpoint", "--models", "gpt-tiny", "--rounds", "1"]
+def test_all_contestants_save_and_load(tmp_path: Path, tmp_path_factory: pytest.TempPathFactory) -> None:
+    out = tmp_path_factory.mktemp("results")
+    command = [
+        sys.executable,
+        "-m",
+        "benchmarks.checkpoint",
+        "--models",
+        "gpt-tiny",
+        "--rounds",
+        "1",
+        "--out",
+        str(out),
+    ]
     done = subprocess.run(
         [*command, "--folder", str(tmp_path)], cwd=ROOT, capture_output=True, text=True, timeout=240, check=False
     )
@@ -24,3 +35,4 @@ def test_all_contestants_save_and_load(tmp_path: Path) -> None:
     assert lines["accel_fsdp"].split()[-2:] == ["0.9", "0.9"]
     assert lines["accel_full"].split()[-2:] == ["1.7", "0.0"]
     assert not list(tmp_path.iterdir())
+    assert sorted(path.name for path in out.iterdir()) == ["checkpoint.jsonl", "checkpoint.md"]

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import json
+from pathlib import Path
+
 import pytest
 
 from benchmarks import overhead
@@ -16,8 +19,13 @@ def test_the_overhead_is_to_the_bare_step_of_the_same_round() -> None:
 
 
 @pytest.mark.matrix
-def test_all_contestants_train(capsys: pytest.CaptureFixture[str]) -> None:
-    overhead.main(["--rounds", "1"])
+def test_all_contestants_train(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    overhead.main(["--rounds", "1", "--out", str(tmp_path / "results")])
     names = [line.split()[0] for line in capsys.readouterr().out.splitlines()[3:]]
     rows = [f"accel_{row}" for row in overhead.ROWS]
-    assert names == ["bare", "torch_ddp", "torch_fsdp2", *rows, "accelerator_ddp"]
+    assert names == ["bare", "torch_ddp", "torch_fsdp2", *rows, "accelerator_ddp", "fabric_ddp", "fabric_accel_ddp"]
+    first, *others = map(json.loads, (tmp_path / "results" / "overhead.jsonl").read_text().splitlines())
+    assert first["command"].startswith("python -m benchmarks.overhead")
+    assert [line["name"] for line in others] == names
+    table = (tmp_path / "results" / "overhead.md").read_text()
+    assert all(f"\n    {name} " in table for name in names)

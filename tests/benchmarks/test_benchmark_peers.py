@@ -49,6 +49,19 @@ def test_a_peer_trains_what_a_single_process_trains(name: str, precision: Precis
 
 
 @pytest.mark.matrix
+@pytest.mark.parametrize(
+    ("name", "precision"),
+    [
+        ("trainer_accel_ds3", "32-true"),
+        ("fabric_accel_ds1", "bf16-mixed"),
+        ("fabric_accel_json2", "32-true"),
+    ],
+)
+def test_deepspeeds_file_behind_lightning(name: str, precision: Precision) -> None:
+    assert all(sent > PARAMETERS for sent in _run(name, precision=precision, accumulate=2).wire)
+
+
+@pytest.mark.matrix
 @pytest.mark.parametrize("model", ["mlp", "resnet"])
 @pytest.mark.parametrize("name", ["torch_fsdp2", "accelerate_ddp", "deepspeed_zero1", "deepspeed_zero3"])
 def test_a_peer_trains_odd_sizes_and_images(name: str, model: str) -> None:

@@ -63,7 +63,7 @@ def test_nobody_sees_averages_before_they_arrive(ranks2: Ranks, row: str) -> Non
 # ------------------------------------------------------------------ checkpoints
 
 
-@pytest.mark.parametrize("kind", ["mean", "function"])
+@pytest.mark.parametrize("kind", ["mean", pytest.param("function", marks=pytest.mark.matrix)])
 @pytest.mark.parametrize("row", everyday(ROWS))
 def test_stop_and_resume_is_exactly_an_uninterrupted_run(ranks2: Ranks, row: str, kind: str, tmp_path: Path) -> None:
     path = tmp_path / "stopped.ckpt"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from importlib.metadata import version
 from pathlib import Path
 
 import pytest
@@ -99,7 +100,7 @@ def test_env(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     result = accel("env", "--config-file", tmp_path / "a.yaml")
     assert result.exit_code == 0
     rows = [" ".join(line.split()) for line in result.output.splitlines()]
-    for row in (f"torch {torch.__version__}", "GPUs 0", "NCCL_DEBUG INFO", "num_processes 2", "strategy accel_ddp"):
+    for row in (f"torch {version('torch')}", "GPUs 0", "NCCL_DEBUG INFO", "num_processes 2", "strategy accel_ddp"):
         assert row in rows, result.output
     assert "not taken over downcast_bf16=True" in result.output.replace("  ", " ").replace("  ", " ")
     assert "never shown" not in result.output
@@ -111,7 +112,7 @@ def test_env_with_a_file_that_cannot_be_read() -> None:
     default_path().write_text("num_procs: 2\n")
     result = accel("env")
     assert result.exit_code == 1
-    assert torch.__version__ in result.output
+    assert version("torch") in result.output
     assert "'num_procs' (did you mean 'num_processes'?)" in result.output
 
 

@@ -167,6 +167,7 @@ def test_bad_files_of_deepspeed(some: Path, text: str | None, options: Sequence[
     assert "started" not in said
 
 
+@pytest.mark.matrix
 def test_a_file_of_deepspeed_reaches_both_loops(tmp_path: Path) -> None:
     """An Accelerator and a Trainer take it; the Trainer's model leaves the optimizer to it."""
     file = {"zero_optimization": {"stage": 1}, "gradient_accumulation_steps": 2, "optimizer": {"type": "SGD"}}

@@ -180,7 +180,7 @@ def test_ranks_meet_again_and_again(ranks3):
         assert [absent for absent, _ in found] == [None, None, None]
 
 
-@pytest.mark.parametrize("absent", [0, 2])
+@pytest.mark.parametrize("absent", [pytest.param(0, marks=pytest.mark.matrix), 2])
 def test_nobody_waits_longer_for_a_rank_that_does_not_come(ranks3, absent):
     patience = 1.0
     results = ranks3.run(meet, [-1.0 if rank == absent else 0.0 for rank in range(3)], patience)

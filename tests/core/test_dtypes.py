@@ -12,7 +12,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from core.toys import Net, adamw, build, compare, data, my_share, relative_error, sgd, values, without_patience
+from core.toys import Net, adamw, build, compare, data, my_share, relative_error, sgd, values
 from harness import Ranks
 from lightning_accel.core import Engine
 from lightning_accel.core.connecting import connect
@@ -167,7 +167,6 @@ def test_frozen_parameters_are_rounded_where_vectors_are(ranks2: Ranks, row: str
     assert ranks2.run(frozen_and_thawed, row) == [expected] * 2
 
 
-@without_patience
 def through_messages(kind: type, row: str) -> tuple[float, float]:
     def connect(device: torch.device, group: Any = None) -> Any:
         return kind(device, group, group)

@@ -24,7 +24,6 @@ from core.toys import (
     train,
     train_alone,
     values,
-    without_patience,
 )
 from lightning_accel.core import Engine
 from lightning_accel.core.torch_collectives import TorchCollectives
@@ -53,7 +52,6 @@ def test_one_unit_or_many_make_no_difference(ranks2, cap):
     assert max(ranks2.run(compare, Net, "zero2", bucket_cap_mb=cap)) < EXACT
 
 
-@without_patience
 def on_generic_collectives(row):
     def connect(device, group=None):
         return TorchCollectives(device, group, group)

@@ -25,7 +25,6 @@ from core.toys import (
     started,
     train,
     values,
-    without_patience,
 )
 from harness import Ranks
 from lightning_accel.core import Engine, full_state
@@ -78,7 +77,6 @@ def state_of(engine: Engine) -> tuple[dict[str, object], bool]:
     return state, is_whole
 
 
-@without_patience
 def save(row: str, make: Callable[[], nn.Module], kind: type | None = None, **options: object) -> bool:
     """Whether this rank had the values; they were compared with those that ``full_parameters`` shows."""
     module = build(make, torch.float32)

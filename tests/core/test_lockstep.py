@@ -13,7 +13,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from core.toys import Net, adamw, build, data, relative_error, train, train_alone, values, without_patience
+from core.toys import Net, adamw, build, data, relative_error, train, train_alone, values
 from harness import Ranks
 from lightning_accel.core import Engine
 from lightning_accel.core.connecting import connect
@@ -53,7 +53,6 @@ def caught(engine: Engine) -> str:
     return ""
 
 
-@without_patience
 def evaluated_unevenly(kind: type, row: str) -> tuple[str, float]:
     engine, optimizer = started(kind, build(Net), row)
     train(engine, optimizer, 2)
@@ -77,7 +76,6 @@ def test_one_more_forward_on_one_rank(ranks2: Ranks, kind: type, row: str) -> No
         assert took < SOON_S
 
 
-@without_patience
 def goes_on(kind: type) -> tuple[str, float, list[str]]:
     """What was raised before a forward, and the loss of a step after it beside the one that it should be."""
     alone = build(Net)
@@ -156,7 +154,6 @@ def test_ranks_that_gather_different_units_of_one_size(ranks2: Ranks, kind: type
         assert took < SOON_S
 
 
-@without_patience
 def trained(kind: type, row: str) -> tuple[float, int]:
     alone, module = build(Net), build(Net)
     train_alone(alone, adamw(alone.parameters()), 6, dist.get_world_size(), accumulate=2)

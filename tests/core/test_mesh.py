@@ -10,7 +10,7 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from core.toys import Net, adamw, build, compare, data, mse, my_share, relative_error, train, values, without_patience
+from core.toys import Net, adamw, build, compare, data, mse, my_share, relative_error, train, values
 from harness import Ranks
 from lightning_accel.core import Engine
 from lightning_accel.core.connecting import connect
@@ -71,7 +71,6 @@ def test_parity_with_a_single_process(ranks4, shard_size, accumulate):
     assert max(errors) < EXACT
 
 
-@without_patience
 def with_collectives(kind):
     def messages(device, group=None):
         return kind(device, group, group)

@@ -28,7 +28,6 @@ from core.toys import (
     sgd,
     started,
     train,
-    without_patience,
 )
 from harness import Ranks
 from lightning_accel.core import Engine, GradScaler, PowerSGD, low_rank
@@ -426,7 +425,6 @@ def test_what_was_reduced_meets_what_comes(ranks3: Ranks) -> None:
     assert all(error < EXACT for error in ranks3.run(repeated, always()))
 
 
-@without_patience
 def by(kind: type[Collectives]) -> float:
     def connected(device: torch.device, group: Any = None) -> Collectives:
         return kind(device, group, group)

@@ -1,6 +1,7 @@
 import pytest
 import torch
 from torch import nn
+from torch.nn.utils import prune
 
 from lightning_accel.core.absent import arrive, depart
 from lightning_accel.core.structure import Structure, is_compiled
@@ -62,7 +63,7 @@ ALLOWED = [
     lambda m: setattr(m, "loss", nn.MSELoss()),
     lambda m: setattr(m, "teacher", nn.Linear(3, 3).requires_grad_(False)),
     lambda m: setattr(m, "b", nn.Identity()),
-    lambda m: torch.nn.utils.prune.l1_unstructured(m.a, "bias", 1),  # the parameter goes on under another name
+    lambda m: prune.l1_unstructured(m.a, "bias", 1),  # the parameter goes on under another name
 ]
 
 

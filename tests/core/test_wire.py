@@ -16,7 +16,7 @@ from torch.distributed.algorithms.ddp_comm_hooks import default_hooks
 from torch.nn.parallel import DistributedDataParallel
 
 from core.test_engine_gradients import reentrant
-from core.toys import Net, build, compare, data, mse, my_share, relative_error, sgd, started, train, without_patience
+from core.toys import Net, build, compare, data, mse, my_share, relative_error, sgd, started, train
 from harness import Ranks
 from lightning_accel.core import Engine, GradScaler
 from lightning_accel.core.collectives import Collectives
@@ -306,7 +306,6 @@ def test_what_was_reduced_meets_what_comes(ranks3: Ranks, row: str) -> None:
     assert all(0 < error < SINGLE for error in ranks3.run(repeated, row))
 
 
-@without_patience
 def by(kind: type[Collectives], row: str) -> float:
     def connected(device: torch.device, group: Any = None) -> Collectives:
         return kind(device, group, group)

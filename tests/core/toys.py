@@ -7,7 +7,6 @@ import gc
 import time
 from collections.abc import Callable, Iterable
 from typing import Any
-from unittest import mock
 
 import torch
 import torch.distributed as dist
@@ -19,10 +18,6 @@ from lightning_accel.core.checkpoint import Shard, StoredTensor
 ROW_NAMES = ["ddp", "zero1", "zero2", "fsdp", "fsdp_partial"]
 # Two runs in double precision that differ only in the order of sums: rounding gives about 1e-16, a bug far more.
 EXACT = 1e-12
-
-without_patience = mock.patch("lightning_accel.core.reduction._PATIENCE_S", 0.02)
-"""For `TorchCollectives` between CPUs, which training has for other back ends than gloo: gloo's works do not tell that
-they are done, so each backward would wait for as long as a late rank is waited for."""
 
 
 class Tanh(nn.Module):

@@ -224,6 +224,8 @@ def in_bf16(precision: str) -> dict[str, Any]:
     weight = module.net.first.weight.detach()
     told["dtype"] = str(weight.dtype)
     told["has master values"] = not torch.equal(weight.float(), weight.bfloat16().float())
+    (test,) = trainer(AccelDeepSpeedStrategy(), precision=precision).test(module, data(), verbose=False)
+    told["test"] = test["test_loss"]
     return told
 
 

@@ -2,29 +2,16 @@
 
 from __future__ import annotations
 
-from importlib.util import find_spec
 from typing import Any
 
 import deepspeed_jobs as jobs
 import pytest
 import torch
+from beside_deepspeed import NEEDS_DEEPSPEED, RELATIVE, Told, assert_said, assert_same, mean
 
 from harness import Ranks
 
-pytestmark = [
-    pytest.mark.skipif(
-        find_spec("deepspeed") is None, reason="needs DeepSpeed, which is not installed (extra `deepspeed`)"
-    ),
-    pytest.mark.matrix,
-    pytest.mark.timeout(900),  # to import it takes longer than anything else here
-]
-
-# fp32 has 24 bits, and sums are taken in another order; and 20 steps add up.
-RELATIVE = 1e-5
-
-
-Told = list[dict[str, Any]]
-"""What each rank has to tell."""
+pytestmark = NEEDS_DEEPSPEED
 
 
 @pytest.fixture(scope="module")
@@ -38,15 +25,6 @@ def found(tmp_path_factory: pytest.TempPathFactory) -> Told:
 def alone() -> dict[str, Any]:
     """Stock Lightning on one device."""
     return jobs.fitted(jobs.Float32(), "auto")
-
-
-def mean(parts: list[list[float]]) -> torch.Tensor:
-    return torch.tensor(parts).mean(0)
-
-
-def assert_same(actual: Any, expected: Any, tolerance: float = RELATIVE) -> None:
-    actual, expected = (torch.as_tensor(each) for each in (actual, expected))
-    torch.testing.assert_close(actual, expected, rtol=tolerance, atol=0.0)
 
 
 def test_the_reference_shows_what_is_to_be_seen(alone: dict[str, Any]) -> None:
@@ -94,6 +72,7 @@ def test_bf16(found: Told, alone: dict[str, Any], precision: str) -> None:
     for one in told:
         assert one["dtype"] == ("torch.float32" if precision == "bf16-mixed" else "torch.bfloat16")
         assert one["has master values"] == (precision == "bf16-mixed")
+        assert one["test"] == pytest.approx(alone["losses"][-1], rel=0.5)
 
 
 @pytest.mark.parametrize("stage", [2, 3])
@@ -141,7 +120,4 @@ def test_what_cannot_be_is_refused(found: Told) -> None:
         "took back": "before backward",
         "clips by hand": "clipped as DeepSpeed was told before training (to a norm of 0.0",
     }
-    for rank in found:
-        assert rank["refused"].keys() == said.keys()
-        for name, part in said.items():
-            assert part in rank["refused"][name], name
+    assert_said(found, "refused", said)

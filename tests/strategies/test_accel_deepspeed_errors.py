@@ -10,20 +10,28 @@ from unittest.mock import patch
 import lightning.pytorch as pl
 import pytest
 import torch
+from lightning.fabric import Fabric
+from lightning.fabric.strategies import STRATEGY_REGISTRY
 from lightning.pytorch.plugins.precision import DeepSpeedPrecision
 from lightning.pytorch.strategies import StrategyRegistry
 from models import Regression
 
-from lightning_accel.strategies import AccelDeepSpeedStrategy, deepspeed_installed
-from lightning_accel.strategies.deepspeed_precision import EnginePrecision
+from lightning_accel.strategies import AccelDeepSpeedStrategy, deepspeed_installed, fabric
+from lightning_accel.strategies.deepspeed_precision import EnginePrecision, EngineRounding
 from lightning_accel.strategies.deepspeed_told import EngineFile
+
+KINDS = (AccelDeepSpeedStrategy, fabric.AccelDeepSpeedStrategy)
 
 
 @pytest.fixture
 def installed() -> Any:
-    """Has the strategy believe that DeepSpeed is there."""
+    """Has the strategies believe that DeepSpeed is there."""
     with patch.object(deepspeed_installed, "version", lambda _: "0.19.8"):
         yield
+
+
+def in_fabric(strategy: Any = "accel_deepspeed", **arguments: Any) -> Fabric:
+    return Fabric(accelerator="cpu", devices=1, strategy=strategy, **arguments)
 
 
 def trainer(strategy: Any = "accel_deepspeed", **arguments: Any) -> pl.Trainer:
@@ -36,7 +44,7 @@ def test_without_deepspeed_the_strategy_says_what_to_install() -> None:
         raise PackageNotFoundError(name)
 
     with patch.object(deepspeed_installed, "version", missing):
-        for make in (AccelDeepSpeedStrategy, trainer):
+        for make in (AccelDeepSpeedStrategy, trainer, fabric.AccelDeepSpeedStrategy, in_fabric):
             with pytest.raises(ModuleNotFoundError, match=r"deepspeed>=0\.19\.8 .* found none.*lightning-accel\[deep"):
                 make()
     with (
@@ -49,18 +57,20 @@ def test_without_deepspeed_the_strategy_says_what_to_install() -> None:
 def test_names() -> None:
     for suffix in ("", "_spawn", "_fork", "_notebook"):
         assert f"accel_deepspeed{suffix}" in StrategyRegistry
+        assert f"accel_deepspeed{suffix}" in STRATEGY_REGISTRY
 
 
+@pytest.mark.parametrize("kind", KINDS, ids=["trainer", "fabric"])
 @pytest.mark.usefixtures("installed")
-def test_files_and_stages(tmp_path: Path) -> None:
-    assert AccelDeepSpeedStrategy().stage == 2
-    assert AccelDeepSpeedStrategy(config={"zero_optimization": {"stage": 3}}).stage == 3
+def test_files_and_stages(tmp_path: Path, kind: type[Any]) -> None:
+    assert kind().stage == 2
+    assert kind(config={"zero_optimization": {"stage": 3}}).stage == 3
     path = tmp_path / "ds.json"
     with pytest.raises(FileNotFoundError, match="there is none"):
-        AccelDeepSpeedStrategy(config=path)
+        kind(config=path)
     path.write_text('{\n  "zero_optimization": {"stage": 2},\n}')
     with pytest.raises(ValueError, match="line 3, column 1|line 2, column"):
-        AccelDeepSpeedStrategy(config=path)
+        kind(config=path)
     refused: list[tuple[dict[str, Any], str]] = [
         ({"stage": 4}, "from 0 to 3, got 4"),
         ({"stage": 1, "config": {"zero_optimization": {"stage": 2}}}, "got stage=1 and zero_optimization.stage 2"),
@@ -71,9 +81,9 @@ def test_files_and_stages(tmp_path: Path) -> None:
     ]
     for arguments, message in refused:
         with pytest.raises(ValueError, match=message):
-            AccelDeepSpeedStrategy(**arguments)
-    with pytest.raises(TypeError, match="stages"):
-        AccelDeepSpeedStrategy(stages=2)
+            kind(**arguments)
+    with pytest.raises(TypeError, match="'stages' is unknown. Did you mean 'stage'.*process_group_backend"):
+        kind(stages=2)
 
 
 @pytest.mark.usefixtures("installed")
@@ -81,13 +91,14 @@ def test_precision() -> None:
     for name, dtype in (("32-true", torch.float32), ("bf16-true", torch.bfloat16), ("bf16-mixed", torch.bfloat16)):
         plugin = trainer(precision=name).precision_plugin
         assert isinstance(plugin, EnginePrecision)
-        assert plugin.convert_input(torch.zeros(1)).dtype is dtype
+        assert plugin.rounded(torch.zeros(1)).dtype is dtype
         weight = plugin.convert_module(torch.nn.Linear(1, 1)).weight
         assert weight.dtype is (torch.bfloat16 if name == "bf16-true" else torch.float32)
     assert trainer(AccelDeepSpeedStrategy(config={"bf16": {"enabled": True}})).precision == "bf16-mixed"
     assert trainer(AccelDeepSpeedStrategy(config={"bf16": {"enabled": "auto"}})).precision == "32-true"
     autocast = trainer(AccelDeepSpeedStrategy(config={"torch_autocast": {"enabled": True}})).precision_plugin
-    assert autocast.convert_input(torch.zeros(1)).dtype is torch.float32
+    assert isinstance(autocast, EnginePrecision)
+    assert autocast.rounded(torch.zeros(1)).dtype is torch.float32
     with pytest.raises(ValueError, match="fp16, which DeepSpeed has for CUDA only"):
         trainer(precision="16-mixed")
     with pytest.raises(ValueError, match="fp16, which DeepSpeed has for CUDA only"):
@@ -100,6 +111,57 @@ def test_precision() -> None:
         trainer(AccelDeepSpeedStrategy(config={"fp16": {"enabled": True}}), precision="bf16-mixed")
 
 
+@pytest.mark.usefixtures("installed")
+def test_precision_in_fabric() -> None:
+    for name, dtype in (("32-true", torch.float32), ("bf16-true", torch.bfloat16), ("bf16-mixed", torch.bfloat16)):
+        plugin = in_fabric(precision=name)._precision
+        assert isinstance(plugin, EngineRounding)
+        assert plugin.rounded(torch.zeros(1)).dtype is dtype
+        # A model without an engine is rounded if it comes in 16 bits only.
+        assert plugin.convert_input(torch.zeros(1)).dtype is (dtype if name == "bf16-true" else torch.float32)
+        assert plugin.convert_output(torch.zeros(1, dtype=dtype)).dtype is torch.float32
+    assert (
+        in_fabric(fabric.AccelDeepSpeedStrategy(config={"bf16": {"enabled": True}}))._precision.precision
+        == "bf16-mixed"
+    )
+    with pytest.raises(ValueError, match="fp16, which DeepSpeed has for CUDA only"):
+        in_fabric(precision="16-mixed")
+    with pytest.raises(ValueError, match="one of '32-true', .* got '64-true'"):
+        in_fabric(precision="64-true")
+    with pytest.raises(ValueError, match="got 'bf16-mixed' and fp16 in config"):
+        in_fabric(fabric.AccelDeepSpeedStrategy(config={"fp16": {"enabled": True}}), precision="bf16-mixed")
+
+
+@pytest.mark.usefixtures("installed")
+def test_what_a_loop_with_fabric_cannot_do() -> None:
+    strategy, net = in_fabric().strategy, torch.nn.Linear(1, 1)
+    optimizer = torch.optim.SGD(net.parameters(), lr=0.1)
+    with pytest.raises(ValueError, match=r"Expected fabric.setup\(model, optimizer\)"):
+        strategy.setup_optimizer(optimizer)
+    with pytest.raises(ValueError, match="got it for none"):
+        strategy.backward(net(torch.ones(1, 1)).sum(), None)
+    with pytest.raises(ValueError, match="set up together with its model"):
+        strategy.optimizer_step(optimizer)
+    with pytest.raises(ValueError, match="by norm by fabric.clip_gradients. Say gradient_clipping in the file"):
+        strategy.clip_gradients_norm(net, optimizer, max_norm=1.0)
+
+
+def loop_of(config: dict[str, Any]) -> tuple[int | None, float | None]:
+    file = EngineFile(config, None)
+    return file.begin_loop(2), file.clipping
+
+
+def test_what_a_file_says_to_a_loop_with_fabric() -> None:
+    assert loop_of({}) == (None, None)
+    assert loop_of({"gradient_accumulation_steps": "auto", "gradient_clipping": "auto"}) == (None, None)
+    assert loop_of({"gradient_accumulation_steps": 3, "gradient_clipping": 0.5}) == (3, 0.5)
+    assert loop_of({"train_batch_size": 16, "train_micro_batch_size_per_gpu": 4}) == (2, None)
+    with pytest.raises(ValueError, match="got 33"):
+        loop_of({"train_batch_size": 33, "train_micro_batch_size_per_gpu": 4})
+    with pytest.warns(UserWarning, match="optimizer.type, scheduler.type are left to the loop"):
+        loop_of({"optimizer": {"type": "Adam"}, "scheduler": {"type": "WarmupLR"}, "gradient_clipping": 0.5})
+
+
 def told(config: dict[str, Any] | None, precision: str = "32-true", **arguments: Any) -> dict[str, Any]:
     """What DeepSpeed would be told on two ranks."""
     used = pl.Trainer(accelerator="cpu", devices=1, logger=False, enable_checkpointing=False, **arguments)
@@ -109,7 +171,8 @@ def told(config: dict[str, Any] | None, precision: str = "32-true", **arguments:
     plugin = trainer("auto", precision=precision).precision_plugin
     name, _ = file.computes_in(plugin)
     file.steer(used, 2)
-    return file.told(used, 2, module, name)
+    given = {"accumulation": used.accumulate_grad_batches, "clipping": used.gradient_clip_val}
+    return file.told(2, module, name, **given)
 
 
 def test_what_deepspeed_is_told() -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from pathlib import Path
 from typing import Any
 
 import lightning.pytorch as pl
@@ -108,6 +109,38 @@ def test_uneven_loaders_that_are_limited_to_what_all_have(ranks2: Ranks) -> None
         assert shadows == [False] * 4
     for _, shadows in ranks2.run(fitted, "zero2", [2, 3], False, max_steps=2):
         assert shadows == [False] * 2
+
+
+class Shuffled(Lit):
+    def train_dataloader(self) -> Any:
+        samples = torch.cat(batches_of(dist.get_rank(), self.counts))
+        self.loop = joined(DataLoader(samples, batch_size=2, shuffle=True))  # type: ignore[arg-type]
+        return self.loop
+
+
+def fitted_in_two(row: str, counts: list[int], path: Path | None, steps: int) -> tuple[list[Tensor], list[bool]]:
+    """Fit so many steps, or go on from where such a fit has ended, and save."""
+    options: dict[str, Any] = {"strategy": f"accel_{row}", "accelerator": "cpu", "devices": 2, "max_epochs": 2}
+    quiet = {"logger": False, "enable_progress_bar": False, "enable_model_summary": False}
+    trainer = pl.Trainer(**options, **quiet, max_steps=steps, use_distributed_sampler=False, enable_checkpointing=False)
+    lit = Shuffled(counts, True)
+    pl.seed_everything(dist.get_rank() if path is None or not path.exists() else 9, verbose=False)
+    trainer.fit(lit, ckpt_path=path if path is not None and path.exists() else None)
+    if path is not None:
+        trainer.save_checkpoint(path)
+    return [parameter.detach().clone() for parameter in lit.net.parameters()], lit.shadows
+
+
+@pytest.mark.parametrize("steps", [*(pytest.param(n, marks=pytest.mark.matrix) for n in (2, 9)), 4, 7])
+@pytest.mark.parametrize("row", everyday(ROWS))
+def test_a_fit_goes_on_within_joined_loaders(ranks2: Ranks, row: str, steps: int, tmp_path: Path) -> None:
+    whole = ranks2.run(fitted_in_two, row, [3, 5], None, 10)
+    first = ranks2.run(fitted_in_two, row, [3, 5], tmp_path / "saved.ckpt", steps)
+    rest = ranks2.run(fitted_in_two, row, [3, 5], tmp_path / "saved.ckpt", 10)
+    for (expected, shadows), (_, before), (found, after) in zip(whole, first, rest, strict=True):
+        assert before + after == shadows
+        assert len(before) == steps
+        assert all(torch.equal(a, b) for a, b in zip(found, expected, strict=True))
 
 
 class Endless:

@@ -131,6 +131,7 @@ def test_what_a_fabric_says_of_itself() -> None:
         one = torch.tensor([1.0, 2.0])
         assert torch.equal(fabric.all_gather(one).cpu(), one)
         assert torch.equal(fabric.all_reduce(one, reduce_op="sum").cpu(), one)
+        assert fabric.all_reduce(torch.tensor(3)).is_floating_point(), "the mean of integers"
         assert fabric.broadcast("told") == "told"
         fabric.barrier()
 

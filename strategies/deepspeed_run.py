@@ -1,0 +1,232 @@
+"""DeepSpeed's engine while it trains: for the Trainer and for Fabric, whose loops say when to step."""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.optim import LBFGS, Optimizer
+
+from lightning_accel.convert.deepspeed_files import DeepSpeedFiles, read_deepspeed
+from lightning_accel.core.checkpoint.folder import Folder
+from lightning_accel.strategies.deepspeed_installed import import_deepspeed
+from lightning_accel.strategies.deepspeed_model import LentModel
+
+_TAG = "checkpoint"
+"""The folder in a checkpoint's folder; the name that Lightning's own DeepSpeed strategy uses."""
+
+
+class RunningEngine:
+    """DeepSpeed's engine, the model that it was lent, and what it has been given since the last step.
+
+    Args:
+        model: What is called.
+        module: The model itself, whole; mostly the same.
+        optimizer: Of its parameters; None if DeepSpeed makes the one that it is told.
+        told: DeepSpeed's configuration.
+        device: What is trained on.
+
+    """
+
+    engine: Any
+    """DeepSpeed's."""
+
+    def __init__(
+        self, model: nn.Module, module: nn.Module, optimizer: Optimizer | None, told: Mapping[str, Any], device: Any
+    ) -> None:
+        self.module = module
+        """The model."""
+        self.clipping: float = told["gradient_clipping"]
+        """The largest norm of gradients that DeepSpeed was told; 0: they are not clipped."""
+        self.backwards = 0
+        """Since the last step."""
+        self.step_was_skipped = False
+        """Whether the last step has changed nothing, because of an overflow."""
+        self.is_at_work = False
+        """Whether DeepSpeed steps, saves or loads just now."""
+        self._device: torch.device = device
+        self._lent = LentModel(module)
+        self.engine, *_ = import_deepspeed(device).initialize(
+            args=None if device.index is None else argparse.Namespace(device_rank=device.index),
+            model=model,
+            model_parameters=[parameter for parameter in module.parameters() if parameter.requires_grad],
+            optimizer=optimizer,
+            config=dict(told),
+            dist_init_required=False,
+        )
+
+    @property
+    def optimizer(self) -> Optimizer:
+        """The optimizer itself, within DeepSpeed's."""
+        optimizer: Optimizer = self.engine.basic_optimizer
+        return optimizer
+
+    def add_gradients(self, loss: Tensor, *args: Any, **kwargs: Any) -> None:
+        """Run DeepSpeed's backward: gradients are added to those since the last step."""
+        self.backwards += 1
+        self.engine.backward(loss, *args, scale_wrt_gas=False, **kwargs)
+
+    def step(self, **kwargs: Any) -> None:
+        """Run DeepSpeed's step, if there are gradients: it reduces what is left to, clips and updates."""
+        if not self.backwards:
+            return
+        with self._at_work():
+            self.engine.step(**kwargs)
+        self.backwards = 0
+        self.step_was_skipped = not self.engine.was_step_applied()
+
+    def require_no_gradients(self) -> None:
+        """Call for ``zero_grad``: DeepSpeed's step has done it, and what was added since cannot be taken back.
+
+        Raises:
+            RuntimeError: If something was.
+
+        """
+        if self.backwards:
+            raise RuntimeError(
+                "Expected optimizer.zero_grad() before backward with strategy='accel_deepspeed', got it after"
+                f" {self.backwards}: DeepSpeed's engine has taken these gradients, and drops them in step() only."
+            )
+
+    def save(self, path: str, rest: Mapping[str, Any], *, is_first: bool, barrier: Callable[[], None]) -> None:
+        """Write a directory as DeepSpeed does; it gets its name when it is complete. All ranks take part.
+
+        Args:
+            path: The same one on all ranks.
+            rest: What else is to be in it.
+            is_first: Whether this is rank 0.
+            barrier: Waits for all ranks.
+
+        """
+        unfinished = Folder(f"{path}.unfinished")
+        if is_first:
+            unfinished.remove()
+        barrier()
+        with self._at_work():
+            self.engine.save_checkpoint(str(unfinished), tag=_TAG, client_state=dict(rest))
+        barrier()
+        if is_first:
+            former = unfinished.replace(Folder(path))  # at once: there is always a whole one
+            if former is not None:
+                former.remove()
+        barrier()
+
+    def load(self, folder: Path, *, strict: bool) -> None:
+        """Go on from a checkpoint. All ranks take part.
+
+        Args:
+            folder: What ``find_deepspeed`` has returned; looked through before.
+            strict: Whether it must have every parameter.
+
+        Raises:
+            ValueError: If DeepSpeed cannot load it.
+            RuntimeError: If there are gradients, which would be stepped with afterwards.
+
+        """
+        if self.backwards:
+            raise RuntimeError(
+                "Expected a checkpoint to be loaded between a step and the next backward with"
+                f" strategy='accel_deepspeed', got it after {self.backwards}: DeepSpeed's engine keeps these gradients."
+            )
+        with self._at_work():
+            found, _ = self.engine.load_checkpoint(
+                str(folder.parent), tag=folder.name, load_module_strict=strict, load_lr_scheduler_states=False
+            )
+        if found is None:
+            raise ValueError(f"Expected {folder} to be a checkpoint that DeepSpeed can load, but it cannot.")
+
+    def end(self, *, abandon: bool) -> None:
+        """Make an end of the engine, and give the model its values again; see ``LentModel.take_back``."""
+        self._lent.take_back(self.engine, abandon=abandon)
+
+    @contextmanager
+    def _at_work(self) -> Iterator[None]:
+        self.is_at_work = True
+        try:
+            yield
+        finally:
+            self.is_at_work = False
+
+
+def require_trainable(module: nn.Module, optimizer: Any) -> None:
+    """Raise unless DeepSpeed's engine can train a model with an optimizer.
+
+    Raises:
+        ValueError: If its master values would be narrower than the parameters, or the optimizer takes several
+            gradients in a step.
+
+    """
+    wide = [name for name, parameter in module.named_parameters() if parameter.dtype is torch.float64]
+    if wide:
+        raise ValueError(
+            f"Expected parameters of at most 32 bits with strategy='accel_deepspeed', got float64 ({wide[0]}): its"
+            " master values are fp32. Use strategy='accel_zero2'."
+        )
+    if isinstance(optimizer, LBFGS):
+        raise ValueError("Expected an optimizer that steps once with strategy='accel_deepspeed', got LBFGS.")
+
+
+def only_optimizer(optimizers: list[Any]) -> Any:
+    """The one optimizer that there is.
+
+    Raises:
+        ValueError: If there are none or several.
+
+    """
+    if len(optimizers) != 1:
+        raise ValueError(
+            f"Expected one optimizer with strategy='accel_deepspeed', got {len(optimizers)}: DeepSpeed's"
+            " engine has one. Give one optimizer several parameter groups, or use strategy='accel_zero2'."
+        )
+    return optimizers[0]
+
+
+def clipped_otherwise(told: float, asked: str, instead: str) -> ValueError:
+    """The error of clipping that is not DeepSpeed's own.
+
+    Args:
+        told: The largest norm that it was told; 0 is none.
+        asked: What is asked for now.
+        instead: What to do.
+
+    """
+    return ValueError(
+        f"Expected gradients to be clipped as DeepSpeed was told before training (to a norm of {told}; 0 is none), got"
+        f" {asked}. {instead}"
+    )
+
+
+def require_local(path: str, storage_options: Any) -> None:
+    """Raise unless DeepSpeed can write to a path."""
+    if storage_options is not None or "://" in path:
+        raise ValueError(f"Expected a local path, to which DeepSpeed writes, got {path} and {storage_options}.")
+
+
+def read_same_layout(folder: Path, stage: int, ranks: int, *, weights_only: bool) -> DeepSpeedFiles:
+    """Read a checkpoint's files, if DeepSpeed can go on from them.
+
+    Args:
+        folder: What ``find_deepspeed`` has returned.
+        stage: The ZeRO stage that is trained with.
+        ranks: How many processes train.
+        weights_only: Refuse everything but tensors, numbers, strings, their collections and DeepSpeed's records.
+
+    Raises:
+        ValueError: If it was written at another stage or by another number of ranks.
+
+    """
+    files = read_deepspeed(folder, weights_only=weights_only)
+    written = files.model.get("ds_config") or {}
+    found = (written.get("zero_optimization") or {}).get("stage", 0), int(files.model.get("dp_world_size") or ranks)
+    if found != (stage, ranks):
+        raise ValueError(
+            f"Expected a checkpoint of stage {stage} on {ranks} ranks, got {folder} of stage {found[0]}"
+            f" on {found[1]}: DeepSpeed continues where nothing has changed. `accel convert` makes one of it that"
+            " strategy='accel_zero2' continues from anywhere."
+        )
+    return files
