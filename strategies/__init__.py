@@ -1,5 +1,6 @@
 """Lightning Trainer strategies; their Fabric twins are in :mod:`lightning_accel.strategies.fabric`."""
 
+from lightning.fabric.accelerators import ACCELERATOR_REGISTRY
 from lightning.fabric.strategies import STRATEGY_REGISTRY
 from lightning.pytorch.accelerators import AcceleratorRegistry
 from lightning.pytorch.strategies import StrategyRegistry
@@ -31,7 +32,7 @@ __all__ = [
 
 
 def register() -> None:
-    """Make the names of strategies known to the Trainer and to Fabric, and of the accelerator to the Trainer."""
+    """Make the names of strategies and of the accelerator known to the Trainer and to Fabric."""
     for kind in (
         AccelDDPStrategy,
         AccelZeROStrategy,
@@ -46,9 +47,11 @@ def register() -> None:
         fabric.AccelZeROStrategy,
         fabric.AccelFSDPStrategy,
         fabric.AccelDeepSpeedStrategy,
+        fabric.AccelXLAStrategy,
     ):
         twin.register_strategies(STRATEGY_REGISTRY)
     AccelXLAAccelerator.register_accelerators(AcceleratorRegistry)
+    AccelXLAAccelerator.register_accelerators(ACCELERATOR_REGISTRY)
     keep_float16_on_cpu(
         (AccelStrategy, AccelDeepSpeedStrategy), (fabric.AccelFabricStrategy, fabric.AccelDeepSpeedStrategy)
     )

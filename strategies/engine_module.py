@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from lightning.fabric.strategies.strategy import _BackwardSyncControl
 from torch import nn
+from torch.optim import Optimizer
 from typing_extensions import override
 
 from lightning_accel.core import Engine
@@ -59,8 +60,28 @@ class EngineSyncControl(_BackwardSyncControl):
         if not enabled:
             return nullcontext()
         if not isinstance(module, EngineModule):
-            raise TypeError(
-                "Expected the module that fabric.setup returned to fabric.no_backward_sync, got"
-                f" {type(module).__name__}."
-            )
+            raise not_set_up(module)
         return module.engine.no_sync()
+
+
+def not_set_up(module: nn.Module) -> TypeError:
+    """What to raise for a module that ``fabric.no_backward_sync`` was given."""
+    return TypeError(
+        f"Expected the module that fabric.setup returned to fabric.no_backward_sync, got {type(module).__name__}."
+    )
+
+
+def without_module(optimizer: Optimizer, modules: int) -> ValueError:
+    """What to raise for an optimizer whose parameters no module has.
+
+    Args:
+        optimizer: It was given to ``fabric.setup_optimizers``.
+        modules: How many were set up.
+
+    """
+    return ValueError(
+        f"Expected the parameters of {type(optimizer).__name__} to belong to a module that was set up, but none of"
+        f" {modules} modules has them. Call fabric.setup(module, optimizer), or fabric.setup_module"
+        " before fabric.setup_optimizers. One optimizer for several modules: set them up as one, such as"
+        " torch.nn.ModuleDict({...})."
+    )

@@ -30,15 +30,23 @@ from lightning_accel.plugins.accel_precision import AccelPrecision
 from lightning_accel.plugins.precision import engine_optimizer, require_known_scaler
 from lightning_accel.strategies.checkpoints import Checkpoints, StateDictType
 from lightning_accel.strategies.deepspeed_file import DeepSpeedFile, FromFile
-from lightning_accel.strategies.engine_module import EngineModule, EngineSyncControl
+from lightning_accel.strategies.engine_module import EngineModule, EngineSyncControl, without_module
 from lightning_accel.strategies.fabric_deepspeed import AccelDeepSpeedStrategy
 from lightning_accel.strategies.fabric_saving import SavingFabricStrategy
 from lightning_accel.strategies.fsdp import SHARDINGS, row_of_sharding
 from lightning_accel.strategies.launched import fractional, register_each, require_start_method
 from lightning_accel.strategies.options import EngineOptions, Recomputed, reject_unknown, to_device
+from lightning_accel.strategies.xla_fabric import AccelXLAStrategy
 from lightning_accel.strategies.zero import STAGES, row_of_stage
 
-__all__ = ["AccelDDPStrategy", "AccelDeepSpeedStrategy", "AccelFSDPStrategy", "AccelZeROStrategy", "EngineModule"]
+__all__ = [
+    "AccelDDPStrategy",
+    "AccelDeepSpeedStrategy",
+    "AccelFSDPStrategy",
+    "AccelXLAStrategy",
+    "AccelZeROStrategy",
+    "EngineModule",
+]
 
 
 class AccelFabricStrategy(SavingFabricStrategy):
@@ -244,12 +252,7 @@ class AccelFabricStrategy(SavingFabricStrategy):
                 engine.add_optimizer(optimizer)
                 engine.build()
                 return optimizer
-        raise ValueError(
-            f"Expected the parameters of {type(optimizer).__name__} to belong to a module that was set up, but none of"
-            f" {len(self.engines)} modules has them. Call fabric.setup(module, optimizer), or fabric.setup_module"
-            " before fabric.setup_optimizers. One optimizer for several modules: set them up as one, such as"
-            " torch.nn.ModuleDict({...})."
-        )
+        raise without_module(optimizer, len(self.engines))
 
     # ------------------------------------------------------------------- steps
 

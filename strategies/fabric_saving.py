@@ -126,18 +126,7 @@ class SavingFabricStrategy(DDPStrategy):
         else:
             require_intact(self.checkpoint_io, path, is_first=self.is_global_zero)
             loaded = super().load_checkpoint(path, weights_only=weights_only)
-        if isinstance(state, (nn.Module, Optimizer)):
-            (load_it,) = prepare_all([partial(self._prepare, state, only_one(loaded, state), strict)])
-            load_it()
-            return {}
-        if state:
-            _validate_keys_for_strict_loading(state, loaded, strict=strict)
-            names = [name for name in state if name in loaded]
-            ready = prepare_all([partial(self._prepare, state[name], loaded.pop(name), strict) for name in names])
-            for name, load_it in zip(names, ready, strict=True):
-                state[name] = load_it()
-        remainder: dict[str, Any] = in_memory(loaded)
-        return remainder
+        return hand_out(loaded, state, strict, self._prepare)
 
     def _prepare(self, receiver: Any, value: Any, strict: bool) -> Callable[[], Any]:
         """Find out whether a value fits what is to load it, as far as that can be told.
@@ -164,6 +153,39 @@ class SavingFabricStrategy(DDPStrategy):
             return receiver
 
         return load
+
+
+def hand_out(
+    loaded: dict[str, Any],
+    state: nn.Module | Optimizer | dict[str, Any] | None,
+    strict: bool,
+    prepare: Callable[[Any, Any, bool], Callable[[], Any]],
+) -> dict[str, Any]:
+    """Load what a checkpoint has into what asks for it: into all of that, or none. All ranks take part.
+
+    Args:
+        loaded: The checkpoint; what is handed out is taken from it.
+        state: A model or an optimizer, or several of them and other things by name.
+        strict: Raise if names are missing.
+        prepare: For a receiver, its value and ``strict``: finds out whether they fit, and returns what loads it and
+            says what is in the receiver's place then.
+
+    Returns:
+        What was not asked for.
+
+    """
+    if isinstance(state, (nn.Module, Optimizer)):
+        (load_it,) = prepare_all([partial(prepare, state, only_one(loaded, state), strict)])
+        load_it()
+        return {}
+    if state:
+        _validate_keys_for_strict_loading(state, loaded, strict=strict)
+        names = [name for name in state if name in loaded]
+        ready = prepare_all([partial(prepare, state[name], loaded.pop(name), strict) for name in names])
+        for name, load_it in zip(names, ready, strict=True):
+            state[name] = load_it()
+    remainder: dict[str, Any] = in_memory(loaded)
+    return remainder
 
 
 def _collected(module: nn.Module) -> AbstractContextManager[bool]:

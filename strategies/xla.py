@@ -8,17 +8,15 @@ is one program. A value that Python asks for in between (``.item()``, a conditio
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
+from functools import partial
 from typing import Any
 
 import lightning.pytorch as pl
 import torch
 from lightning.fabric.plugins import CheckpointIO
 from lightning.fabric.strategies import _StrategyRegistry
-from lightning.fabric.utilities.apply_func import _TransferableDataType
-from lightning.fabric.utilities.device_dtype_mixin import _update_properties
 from lightning.fabric.utilities.init import _EmptyInit
 from lightning.pytorch.core.optimizer import _MockOptimizer
 from lightning.pytorch.plugins.precision import Precision
@@ -26,27 +24,28 @@ from lightning.pytorch.strategies import ParallelStrategy
 from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities.model_helpers import is_overridden
 from lightning.pytorch.utilities.types import STEP_OUTPUT
-from lightning_utilities.core.apply_func import apply_to_collection
 from torch import Tensor
 from torch.optim import Optimizer
-from torchmetrics import Metric
 from typing_extensions import override
 
-from lightning_accel.core.checkpoint import is_directory, load
 from lightning_accel.core.partition import Units
-from lightning_accel.core.placement import ROWS
 from lightning_accel.core.xla import XLAEngine
-from lightning_accel.plugins.checkpoint_io import with_default
 from lightning_accel.plugins.xla_precision import suitable
-from lightning_accel.strategies.files import LEFT_IN_FILE, in_memory, require_intact, require_lightning
+from lightning_accel.strategies.files import LEFT_IN_FILE, in_memory, require_lightning
 from lightning_accel.strategies.launched import evaluate_writably
-from lightning_accel.strategies.options import reject_unknown
 from lightning_accel.strategies.saving import unwrap
-from lightning_accel.strategies.stock import whole
+from lightning_accel.strategies.xla_shared import (
+    OneProgram,
+    follow,
+    put_samples,
+    read,
+    require_one_host,
+    seed_devices,
+)
 from lightning_accel.strategies.xla_values import fetched, with_scores_on
 
 
-class AccelXLAStrategy(ParallelStrategy):
+class AccelXLAStrategy(OneProgram, ParallelStrategy):
     """The placement rows on all XLA devices, through torch_xla.
 
     There is one process with one program over all devices. It loads the global batch: no sampler divides it. The batch
@@ -70,8 +69,6 @@ class AccelXLAStrategy(ParallelStrategy):
 
     """
 
-    strategy_name = "accel_xla"
-
     engine: XLAEngine | None
     """The engine of the current or last stage; None before."""
 
@@ -85,86 +82,16 @@ class AccelXLAStrategy(ParallelStrategy):
         precision_plugin: Precision | None = None,
         **unknown: Any,
     ) -> None:
-        reject_unknown(type(self), unknown)
-        if sharding not in ROWS:
-            raise ValueError(f"Expected sharding to be one of {', '.join(map(repr, ROWS))}, got {sharding!r}.")
-        self.row = ROWS[sharding]
-        if shard_size is not None and not self.row.hybrid:
-            raise ValueError(
-                f"Expected shard_size with sharding='fsdp_hybrid' only, got {shard_size} with {sharding!r}."
-            )
-        self.sharding = sharding
-        self._shard_size = shard_size
-        self._units = units
+        self._choose(sharding, shard_size, units, unknown)
         super().__init__(accelerator=accelerator, checkpoint_io=checkpoint_io, precision_plugin=precision_plugin)
         self.engine = None
         self._micro_batches = 0  # with a loss, since the last optimizer step
         self._is_complete = False
 
-    # ------------------------------------------------------------ one process
-
-    @property
-    @override
-    def root_device(self) -> torch.device:
-        """All devices, as torch sees them."""
-        return torch.device("xla", 0)
-
-    @property
-    def num_nodes(self) -> int:
-        """One."""
-        return 1
-
-    @num_nodes.setter
-    def num_nodes(self, num_nodes: int) -> None:
-        if num_nodes != 1:
-            raise ValueError(f"Expected num_nodes=1 with accel_xla, which has not been tried on more, got {num_nodes}.")
-
-    @property
-    @override
-    def global_rank(self) -> int:
-        return 0
-
-    @property
-    @override
-    def local_rank(self) -> int:
-        return 0
-
-    @property
-    @override
-    def node_rank(self) -> int:
-        return 0
-
-    @property
-    @override
-    def world_size(self) -> int:
-        """Processes, not devices: batches and metrics are the global ones already."""
-        return 1
-
-    @property
-    @override
-    def is_global_zero(self) -> bool:
-        return True
-
     @override
     def reduce(self, tensor: Any, *args: Any, **kwargs: Any) -> Any:
         """What is given: it is of the global batch."""
         return tensor
-
-    @override
-    def all_gather(self, tensor: Tensor, group: Any | None = None, sync_grads: bool = False) -> Tensor:
-        return tensor
-
-    @override
-    def reduce_boolean_decision(self, decision: bool, all: bool = True) -> bool:
-        return decision
-
-    @override
-    def broadcast(self, obj: Any, src: int = 0) -> Any:
-        return obj
-
-    @override
-    def barrier(self, name: str | None = None) -> None:
-        """Nothing: there is nobody else."""
 
     # ---------------------------------------------------------------- plugins
 
@@ -178,17 +105,6 @@ class AccelXLAStrategy(ParallelStrategy):
     def precision_plugin(self, precision_plugin: Precision | None) -> None:
         self._precision_plugin = None if precision_plugin is None else suitable(precision_plugin)
 
-    @property
-    @override
-    def checkpoint_io(self) -> CheckpointIO:
-        """What reads and writes checkpoint files: the user's or, also within one that wraps others, our own."""
-        self._checkpoint_io = with_default(self._checkpoint_io)
-        return self._checkpoint_io
-
-    @checkpoint_io.setter
-    def checkpoint_io(self, io: CheckpointIO) -> None:
-        self._checkpoint_io = io
-
     # ------------------------------------------------------------------ set-up
 
     @contextmanager
@@ -200,24 +116,15 @@ class AccelXLAStrategy(ParallelStrategy):
 
     @override
     def setup_environment(self) -> None:
-        from torch_xla import runtime
-
         super().setup_environment()
-        if runtime.process_count() > 1:
-            raise ValueError(
-                f"Expected XLA devices of one host with accel_xla, which has not been tried on more, got those of"
-                f" {runtime.process_count()}."
-            )
+        require_one_host()
 
     @override
     def model_to_device(self) -> None:
         """Move the model to the devices, where it rests as the row says."""
         assert self.model is not None
         self.engine = XLAEngine(self.model, self.row, units=self._units, shard_size=self._shard_size)
-        for module in self.model.modules():
-            if isinstance(module, Metric):
-                module.to(self.root_device)  # its states are neither parameters nor buffers
-        _update_properties(self.model, device=self.root_device)  # what a LightningModule says of itself
+        follow(self.model, self.root_device)
 
     @override
     def setup(self, trainer: pl.Trainer) -> None:
@@ -231,9 +138,7 @@ class AccelXLAStrategy(ParallelStrategy):
         self.model_to_device()
         assert self.engine is not None
         if trainer.state.fn == TrainerFn.FITTING:
-            import torch_xla
-
-            torch_xla.manual_seed(torch.initial_seed() % 2**63)  # of dropout, which draws on the devices
+            seed_devices()
             self.setup_optimizers(trainer)
             for optimizer in map(unwrap, self.optimizers):
                 if not isinstance(optimizer, _MockOptimizer):
@@ -259,20 +164,7 @@ class AccelXLAStrategy(ParallelStrategy):
 
     def _put(self, batch: Any) -> Any:
         assert self.engine is not None, "batches come after the model"
-        put_batch = self.engine.put_batch
-
-        def put(data: Any) -> Any:
-            if isinstance(data, Tensor):
-                return put_batch(data)
-            if isinstance(data, Mapping):  # such as a tokenizer's
-                made: Any = copy.copy(data)
-                for key, value in data.items():
-                    made[key] = self._put(value)
-                return made
-            moved = data.to(self.root_device)
-            return data if moved is None else moved
-
-        return apply_to_collection(batch, dtype=_TransferableDataType, function=put)
+        return put_samples(batch, self.engine.put_batch, self.root_device)
 
     # ------------------------------------------------------------------- steps
 
@@ -379,11 +271,8 @@ class AccelXLAStrategy(ParallelStrategy):
     @override
     def load_checkpoint(self, checkpoint_path: Any, weights_only: bool | None = None) -> dict[str, Any]:
         """Read a checkpoint: a file, or a directory that another strategy of this package has saved."""
-        if is_directory(checkpoint_path):
-            checkpoint = whole(load(checkpoint_path, weights_only=weights_only is not False))
-        else:
-            require_intact(self.checkpoint_io, checkpoint_path, is_first=True)
-            checkpoint = super().load_checkpoint(checkpoint_path, weights_only)
+        read_file = partial(super().load_checkpoint, checkpoint_path, weights_only)
+        checkpoint = read(checkpoint_path, self.checkpoint_io, read_file, weights_only)
         require_lightning(checkpoint, checkpoint_path)
         found = {key: value if key in LEFT_IN_FILE else in_memory(value) for key, value in checkpoint.items()}
         if "callbacks" in found:

@@ -1,8 +1,8 @@
 """The strategy and the accelerator that are called accel_xla go together, and with no other.
 
-Lightning (2.6, in ``_check_config_and_set_final_flags`` of the Trainer's connector) takes each by itself: it would run
-other strategies on the accelerator, and choose the CPU for the strategy. Here one that is ``"auto"`` follows the
-other, before Lightning looks at them.
+Lightning (2.6, in ``_check_config_and_set_final_flags`` of the Trainer's connector and of Fabric's) takes each by
+itself: it would run other strategies on the accelerator, and choose the CPU for the strategy. Here one that is
+``"auto"`` follows the other, before Lightning looks at them.
 """
 
 from __future__ import annotations
@@ -11,11 +11,15 @@ import functools
 import inspect
 from typing import Any
 
+from lightning.fabric.accelerators import XLAAccelerator as FabricXLAAccelerator
+from lightning.fabric.connector import _Connector
+from lightning.fabric.strategies import Strategy as FabricStrategy
 from lightning.pytorch.accelerators import XLAAccelerator
 from lightning.pytorch.strategies import Strategy
 from lightning.pytorch.trainer.connectors.accelerator_connector import _AcceleratorConnector
 
 from lightning_accel.plugins.xla_accelerator import AccelXLAAccelerator
+from lightning_accel.strategies import fabric
 from lightning_accel.strategies.trainer import AccelStrategy
 from lightning_accel.strategies.xla import AccelXLAStrategy
 
@@ -25,8 +29,13 @@ _NAME = "accel_xla"
 
 
 def join_xla() -> None:
-    """Have the Trainer choose accel_xla as accelerator for the strategy, and the reverse."""
-    check = getattr(_AcceleratorConnector, _CHECK, None)
+    """Have the Trainer and Fabric choose accel_xla as accelerator for the strategy, and the reverse."""
+    _join(_AcceleratorConnector)
+    _join(_Connector)
+
+
+def _join(connector: type) -> None:
+    check = getattr(connector, _CHECK, None)
     if check is None or getattr(check, _MARK, False):
         return
     signature = inspect.signature(check)
@@ -38,21 +47,22 @@ def join_xla() -> None:
         return check(**{**given, "strategy": strategy, "accelerator": accelerator})
 
     setattr(check_xla, _MARK, True)
-    setattr(_AcceleratorConnector, _CHECK, check_xla)
+    setattr(connector, _CHECK, check_xla)
 
 
 def agreed(strategy: Any, accelerator: Any) -> tuple[Any, Any]:
-    """What to take for a Trainer's ``strategy`` and ``accelerator``.
+    """What to take for a Trainer's or a Fabric's ``strategy`` and ``accelerator``.
 
     Raises:
         ValueError: If just one of them is accel_xla, or a strategy of this package is to run on Lightning's ``"tpu"``.
 
     """
     name = strategy.lower() if isinstance(strategy, str) else None
-    own = strategy._accelerator if isinstance(strategy, Strategy) else None  # Lightning takes it for "auto"
+    is_made = isinstance(strategy, (Strategy, FabricStrategy))
+    own = strategy._accelerator if is_made else None  # Lightning takes it for "auto"
     used = own or accelerator
     on_xla = used == _NAME or isinstance(used, AccelXLAAccelerator)
-    for_xla = name == _NAME or isinstance(strategy, AccelXLAStrategy)
+    for_xla = name == _NAME or isinstance(strategy, (AccelXLAStrategy, fabric.AccelXLAStrategy))
     if for_xla and used == "auto":
         return strategy, _NAME
     if on_xla and name == "auto":
@@ -62,8 +72,8 @@ def agreed(strategy: Any, accelerator: Any) -> tuple[Any, Any]:
             f"Expected accelerator='accel_xla' with strategy {_called(strategy)}, got {_called(used)}. Leave the"
             " accelerator out, or take another strategy."
         )
-    is_ours = isinstance(strategy, AccelStrategy) or (name or "").startswith("accel_")
-    on_tpu = used == "tpu" or isinstance(used, XLAAccelerator)
+    is_ours = isinstance(strategy, (AccelStrategy, fabric.AccelFabricStrategy)) or (name or "").startswith("accel_")
+    on_tpu = used == "tpu" or isinstance(used, (XLAAccelerator, FabricXLAAccelerator))
     if not for_xla and (on_xla or (on_tpu and is_ours)):
         raise ValueError(
             f"Expected strategy='accel_xla' with accelerator {_called(used)}, got {_called(strategy)}. Choose the row"

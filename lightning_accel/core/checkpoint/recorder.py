@@ -94,5 +94,10 @@ def recorded(module: nn.Module) -> Iterator[Recorded]:
             del vars(part)[_EXTRA]
 
 
+def is_recorded(module: nn.Module) -> bool:
+    """Whether this is within ``recorded``: for hooks that are called as if values had been loaded."""
+    return any(isinstance(tensor, _StandIn) for tensor in (*module.parameters(), *module.buffers()))
+
+
 def _note(found: Recorded, part: nn.Module, state: Any) -> None:
     found.extra.append((part, state))

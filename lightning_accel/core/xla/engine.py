@@ -147,15 +147,26 @@ class XLAEngine:
             loss.backward(**kwargs)  # type: ignore[no-untyped-call]
 
     @contextmanager
-    def backward_context(self) -> Iterator[None]:
-        """Within it, gradients may arrive."""
+    def backward_context(self, *, cut: bool = True) -> Iterator[None]:
+        """Within it, gradients may arrive.
+
+        Args:
+            cut: Have what was recorded run afterwards if no step follows; with False the caller does so, when other
+                engines have said where their gradients rest, too.
+
+        """
         yield
         rest = self.row.gradients if self._synchronise else self.row.accumulating
         for parameter in self.module.parameters():
             if parameter.grad is not None:
                 self.placing.annotate(parameter.grad, self._spec(parameter, rest))
-        if not self._synchronise:
+        if cut and not self._synchronise:
             self.cut()
+
+    @property
+    def optimizers(self) -> list[Optimizer]:
+        """Those that were added."""
+        return list(self._optimizers)
 
     @property
     def is_boundary(self) -> bool:

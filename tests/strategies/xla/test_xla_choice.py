@@ -7,13 +7,17 @@ from typing import Any
 
 import lightning.pytorch as pl
 import pytest
+from lightning.fabric import Fabric
+from lightning.fabric.accelerators import ACCELERATOR_REGISTRY
+from lightning.fabric.plugins import precision as fabric_precision
+from lightning.fabric.strategies import STRATEGY_REGISTRY
 from lightning.pytorch.accelerators import AcceleratorRegistry, CPUAccelerator
 from lightning.pytorch.plugins.precision import DoublePrecision, HalfPrecision, MixedPrecision, Precision, XLAPrecision
 from lightning.pytorch.strategies import StrategyRegistry
 
 from lightning_accel.core.placement import ROWS
 from lightning_accel.plugins.xla_precision import suitable
-from lightning_accel.strategies import AccelFSDPStrategy, AccelXLAStrategy
+from lightning_accel.strategies import AccelFSDPStrategy, AccelXLAStrategy, fabric
 from lightning_accel.strategies.xla_choice import agreed
 
 
@@ -22,6 +26,10 @@ def test_both_are_registered() -> None:
     assert isinstance(made, AccelXLAStrategy)
     assert made.row is ROWS["fsdp"]
     assert "accel_xla" in AcceleratorRegistry.available_accelerators()
+    twin = STRATEGY_REGISTRY.get("accel_xla")
+    assert isinstance(twin, fabric.AccelXLAStrategy)
+    assert twin.row is ROWS["fsdp"]
+    assert "accel_xla" in ACCELERATOR_REGISTRY.available_accelerators()
 
 
 @pytest.mark.parametrize("row", ROWS)
@@ -40,6 +48,8 @@ def test_auto_follows_the_other() -> None:
     assert agreed("ACCEL_XLA", "accel_xla") == ("ACCEL_XLA", "accel_xla")
     assert agreed(strategy, "auto") == (strategy, "accel_xla")
     assert agreed("auto", "accel_xla") == ("accel_xla", "accel_xla")
+    twin = fabric.AccelXLAStrategy()
+    assert agreed(twin, "auto") == (twin, "accel_xla")
 
 
 @pytest.mark.parametrize("accelerator", ["cpu", "gpu", "tpu", CPUAccelerator()])
@@ -47,17 +57,30 @@ def test_the_strategy_on_another_accelerator(accelerator: Any) -> None:
     for strategy in ("accel_xla", AccelXLAStrategy("zero2")):
         with pytest.raises(ValueError, match=r"Expected accelerator='accel_xla' with strategy .*Leave the accelerator"):
             pl.Trainer(strategy=strategy, accelerator=accelerator)
+    for strategy in ("accel_xla", fabric.AccelXLAStrategy("zero2")):
+        with pytest.raises(ValueError, match=r"Expected accelerator='accel_xla' with strategy .*Leave the accelerator"):
+            Fabric(strategy=strategy, accelerator=accelerator)
 
 
 def test_the_strategy_with_another_accelerator_of_its_own() -> None:
     with pytest.raises(ValueError, match="Expected accelerator='accel_xla'.*got CPUAccelerator"):
         pl.Trainer(strategy=AccelXLAStrategy(accelerator=CPUAccelerator()))
+    with pytest.raises(ValueError, match="Expected accelerator='accel_xla'.*got CPUAccelerator"):
+        Fabric(strategy=fabric.AccelXLAStrategy(accelerator=CPUAccelerator()))
 
 
 @pytest.mark.parametrize("strategy", ["accel_fsdp", "ddp", AccelFSDPStrategy()])
 def test_another_strategy_on_the_accelerator(strategy: Any) -> None:
     with pytest.raises(ValueError, match=r"Expected strategy='accel_xla' with accelerator 'accel_xla', got .*sharding"):
         pl.Trainer(strategy=strategy, accelerator="accel_xla")
+
+
+def test_another_strategy_of_fabric_on_the_accelerator() -> None:
+    for strategy in ("accel_fsdp", "ddp", fabric.AccelFSDPStrategy()):
+        with pytest.raises(ValueError, match=r"Expected strategy='accel_xla' with accelerator 'accel_xla', got "):
+            Fabric(strategy=strategy, accelerator="accel_xla")
+    with pytest.raises(ValueError, match="Expected strategy='accel_xla' with accelerator 'tpu', got AccelFSDPStrategy"):
+        Fabric(strategy=fabric.AccelFSDPStrategy(), accelerator="tpu")
 
 
 def test_another_row_on_tpus() -> None:
@@ -71,15 +94,18 @@ def test_another_row_on_tpus() -> None:
 def test_without_torch_xla_the_error_names_the_extra_and_the_versions(settings: dict[str, Any]) -> None:
     with pytest.raises(ModuleNotFoundError, match=r"torch 2\.9\.x and torch_xla 2\.9\.0.*lightning-accel\[xla\]"):
         pl.Trainer(**settings)
+    with pytest.raises(ModuleNotFoundError, match=r"torch 2\.9\.x and torch_xla 2\.9\.0.*lightning-accel\[xla\]"):
+        Fabric(**settings)
 
 
-def test_options_that_do_not_exist() -> None:
+@pytest.mark.parametrize("kind", [AccelXLAStrategy, fabric.AccelXLAStrategy])
+def test_options_that_do_not_exist(kind: Any) -> None:
     with pytest.raises(ValueError, match="Expected sharding to be one of 'ddp', .*got 'full'"):
-        AccelXLAStrategy("full")
+        kind("full")
     with pytest.raises(ValueError, match="Expected shard_size with sharding='fsdp_hybrid' only, got 2 with 'fsdp'"):
-        AccelXLAStrategy("fsdp", shard_size=2)
+        kind("fsdp", shard_size=2)
     with pytest.raises(TypeError, match="'shards_size' is unknown. Did you mean 'shard_size'"):
-        AccelXLAStrategy("fsdp_hybrid", shards_size=2)
+        kind("fsdp_hybrid", shards_size=2)
 
 
 def test_precisions() -> None:
@@ -89,6 +115,9 @@ def test_precisions() -> None:
     mixed = suitable(MixedPrecision("bf16-mixed", device="cuda"))
     assert isinstance(mixed, MixedPrecision)
     assert mixed.device == "xla"
+    found = fabric.AccelXLAStrategy(precision=fabric_precision.MixedPrecision("bf16-mixed", device="cuda")).precision
+    assert type(found) is fabric_precision.MixedPrecision
+    assert found.device == "xla"
 
 
 @pytest.mark.parametrize(
@@ -97,6 +126,12 @@ def test_precisions() -> None:
 def test_precisions_that_are_not_offered(plugin: Precision) -> None:
     with pytest.raises(ValueError, match="Expected precision to be '32-true', 'bf16-mixed' or 'bf16-true'"):
         AccelXLAStrategy(precision_plugin=plugin)
+
+
+def test_precisions_that_fabric_is_not_offered() -> None:
+    for plugin in (fabric_precision.DoublePrecision(), fabric_precision.HalfPrecision("16-true")):
+        with pytest.raises(ValueError, match=r"with accel_xla, got '(64|16)-true'"):
+            fabric.AccelXLAStrategy(precision=plugin)
 
 
 def test_lightnings_plugin_for_its_own_xla_strategies_is_refused() -> None:

@@ -1,0 +1,193 @@
+"""What the Trainer's accel_xla and Fabric's have in common: one process, which has the global batch."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import torch
+from lightning.fabric.plugins import CheckpointIO
+from lightning.fabric.utilities.apply_func import _TransferableDataType
+from lightning.fabric.utilities.device_dtype_mixin import _update_properties
+from lightning_utilities.core.apply_func import apply_to_collection
+from torch import Tensor, nn
+from torchmetrics import Metric
+
+from lightning_accel.core.checkpoint import is_directory, load
+from lightning_accel.core.partition import Units
+from lightning_accel.core.placement import ROWS
+from lightning_accel.plugins.checkpoint_io import with_default
+from lightning_accel.strategies.files import require_intact
+from lightning_accel.strategies.options import reject_unknown
+from lightning_accel.strategies.stock import whole
+
+
+class OneProgram:
+    """Base of both strategies, before Lightning's own: the row, and what little one process has to say to others."""
+
+    strategy_name = "accel_xla"
+    _checkpoint_io: CheckpointIO | None
+
+    def _choose(self, sharding: str, shard_size: int | None, units: Units | None, unknown: Mapping[str, Any]) -> None:
+        reject_unknown(type(self), unknown)
+        if sharding not in ROWS:
+            raise ValueError(f"Expected sharding to be one of {', '.join(map(repr, ROWS))}, got {sharding!r}.")
+        self.row = ROWS[sharding]
+        if shard_size is not None and not self.row.hybrid:
+            raise ValueError(
+                f"Expected shard_size with sharding='fsdp_hybrid' only, got {shard_size} with {sharding!r}."
+            )
+        self.sharding = sharding
+        self._shard_size = shard_size
+        self._units = units
+
+    @property
+    def root_device(self) -> torch.device:
+        """All devices, as torch sees them."""
+        return torch.device("xla", 0)
+
+    @property
+    def num_nodes(self) -> int:
+        """One."""
+        return 1
+
+    @num_nodes.setter
+    def num_nodes(self, num_nodes: int) -> None:
+        if num_nodes != 1:
+            raise ValueError(f"Expected num_nodes=1 with accel_xla, which has not been tried on more, got {num_nodes}.")
+
+    @property
+    def global_rank(self) -> int:
+        """The only one."""
+        return 0
+
+    @property
+    def local_rank(self) -> int:
+        """The only one."""
+        return 0
+
+    @property
+    def node_rank(self) -> int:
+        """The only one."""
+        return 0
+
+    @property
+    def world_size(self) -> int:
+        """Processes, not devices: batches and metrics are the global ones already."""
+        return 1
+
+    @property
+    def is_global_zero(self) -> bool:
+        """Yes."""
+        return True
+
+    def all_gather(self, tensor: Tensor, group: Any | None = None, sync_grads: bool = False) -> Tensor:
+        """What is given: it is of the global batch."""
+        return tensor
+
+    def reduce_boolean_decision(self, decision: bool, all: bool = True) -> bool:
+        """What is given."""
+        return decision
+
+    def broadcast(self, obj: Any, src: int = 0) -> Any:
+        """What is given."""
+        return obj
+
+    def barrier(self, name: str | None = None) -> None:
+        """Nothing: there is nobody else."""
+
+    @property
+    def checkpoint_io(self) -> CheckpointIO:
+        """What reads and writes checkpoint files: the user's or, also within one that wraps others, our own."""
+        self._checkpoint_io = with_default(self._checkpoint_io)
+        return self._checkpoint_io
+
+    @checkpoint_io.setter
+    def checkpoint_io(self, io: CheckpointIO) -> None:
+        self._checkpoint_io = io
+
+
+def require_one_host() -> None:
+    """Raise if XLA has devices of several hosts.
+
+    Raises:
+        ValueError: Says how many.
+
+    """
+    from torch_xla import runtime
+
+    if runtime.process_count() > 1:
+        raise ValueError(
+            f"Expected XLA devices of one host with accel_xla, which has not been tried on more, got those of"
+            f" {runtime.process_count()}."
+        )
+
+
+def follow(module: nn.Module, device: torch.device) -> None:
+    """After an engine has moved a module: what the module says of itself, and what it has beside parameters.
+
+    Args:
+        module: It is on the devices.
+        device: All of them.
+
+    """
+    for part in module.modules():
+        if isinstance(part, Metric):
+            part.to(device)  # its states are neither parameters nor buffers
+    _update_properties(module, device=device)  # what a LightningModule says of itself
+
+
+def seed_devices() -> None:
+    """Have what draws random numbers on the devices, such as dropout, begin with torch's seed."""
+    import torch_xla
+
+    torch_xla.manual_seed(torch.initial_seed() % 2**63)
+
+
+def put_samples(batch: Any, put_batch: Callable[[Any], Any], device: torch.device) -> Any:
+    """A batch on the devices, each tensor cut along its first dimension.
+
+    Args:
+        batch: Any nest of collections. What is neither a tensor nor knows how to move stays as it is.
+        put_batch: Cuts a tensor.
+        device: All devices; for what moves itself, and is whole on each of them.
+
+    Raises:
+        ValueError: If a first dimension is no multiple of the number of devices.
+
+    """
+
+    def put(data: Any) -> Any:
+        if isinstance(data, Tensor):
+            return put_batch(data)
+        if isinstance(data, Mapping):  # such as a tokenizer's
+            made: Any = copy.copy(data)
+            for key, value in data.items():
+                made[key] = put_samples(value, put_batch, device)
+            return made
+        moved = data.to(device)
+        return data if moved is None else moved
+
+    return apply_to_collection(batch, dtype=_TransferableDataType, function=put)
+
+
+def read(path: Any, io: CheckpointIO, read_file: Callable[[], Any], weights_only: bool | None) -> dict[str, Any]:
+    """A checkpoint as torch knows it: a file, or a directory that another strategy of this package has saved.
+
+    Args:
+        path: Where it is.
+        io: What reads files.
+        read_file: Reads it, if it is one.
+        weights_only: As for ``torch.load``; None is for True.
+
+    Raises:
+        FileNotFoundError: If there is none.
+        ValueError: If it is no checkpoint, or damaged.
+
+    """
+    if is_directory(path):
+        return whole(load(path, weights_only=weights_only is not False))
+    require_intact(io, path, is_first=True)
+    found: dict[str, Any] = read_file()
+    return found
