@@ -184,16 +184,15 @@ class Figures:
         return f"invalid: {self.compiled} programs compiled meanwhile" if self.compiled else None
 
 
-def measure(config: Config) -> dict[str, Figures]:
-    """Visit each contestant so many times."""
+def measure(config: Config, names: Sequence[str]) -> dict[str, Figures]:
+    """Visit each of these contestants so many times."""
     from torch_xla.core import xla_model
 
     batches = [batch for index in range(16) for (batch,) in Batches(config).of_all_ranks(index)]
-    made = {name: make(config) for name, make in MAKERS.items()}
+    made = {name: MAKERS[name](config) for name in names}
     taken = {name: _taken(contestant, batches) for name, contestant in made.items()}
     losses = {name: [next(steps) for _ in range(_WARMUP)] for name, steps in taken.items()}
     found = {name: Figures() for name in made}
-    names = list(made)
     for index in range(config.rounds):
         for place in visiting_order(len(names), index):
             name, before = names[place], programs_compiled()
@@ -239,7 +238,7 @@ def comparisons(found: dict[str, Figures], name: str) -> dict[str, Spread | None
     """What is compared: our rows with the same by hand, and the one that torch_xla has a wrapper for with that."""
     others = [PEERS[name]] if name in PEERS else []
     others += [WRAPPER] if PEERS.get(name) == "hand_fsdp" else []
-    return {other: against(found, name, other) for other in others}
+    return {other: against(found, name, other) for other in others if other in found}
 
 
 def report(found: dict[str, Figures], situation: str) -> str:
@@ -272,12 +271,20 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Print the table, and write the records where that is asked for."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks.xla", description=__doc__.splitlines()[0])
     add = parser.add_argument
-    tokens = [name for name in MODELS if name.startswith("gpt")]
-    add("--model", choices=tokens, default="gpt-tiny", help="(default: %(default)s)")
+    add("--model", choices=[name for name in MODELS if name.startswith("gpt")], default="gpt-tiny", help="(default: %(default)s)")
+    add(
+        "--only",
+        metavar="A,B,C",
+        default=",".join(MAKERS),
+        help="each is compiled for half a minute (default: %(default)s)",
+    )
     add("--rounds", type=int, default=15, metavar="N", help="timed visits to each (default: %(default)s)")
     add("--steps", type=int, default=8, metavar="N", help="timed steps of a visit (default: %(default)s)")
     add("--out", type=Path, metavar="FILE", help="where to write the records, as JSON lines")
     chosen = parser.parse_args(arguments)
+    names = chosen.only.split(",")
+    if unknown := set(names).difference(MAKERS):
+        parser.error(f"expected --only to name some of {', '.join(MAKERS)}, got {', '.join(sorted(unknown))}")
     os.environ.setdefault("PJRT_DEVICE", "CPU")
     if os.environ["PJRT_DEVICE"] == "CPU":
         os.environ.setdefault("CPU_NUM_DEVICES", "4")
@@ -285,10 +292,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     torch.set_num_threads(1)
     config = Config(model=chosen.model, ranks=devices, rounds=chosen.rounds, steps=chosen.steps, warmup=_WARMUP)
     header = environment.describe("benchmarks.xla") | {"devices": devices, "config": config.public()}
-    found = measure(config)
-    print(
-        report(found, f"{config.model}, {devices} XLA devices; a step, {config.rounds} rounds of {config.steps} steps")
-    )
+    found = measure(config, names)
+    situation = f"{config.model}, {devices} XLA devices; a step, medians of {config.rounds} rounds of {config.steps} steps"
+    print(report(found, situation))
     if chosen.out is not None:
         chosen.out.write_text("".join(f"{line}\n" for line in records(found, header)))
     return int(any(figures.problem for figures in found.values()))
