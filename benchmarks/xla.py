@@ -10,7 +10,6 @@ import argparse
 import functools
 import json
 import os
-import statistics
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -271,7 +270,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Print the table, and write the records where that is asked for."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks.xla", description=__doc__.splitlines()[0])
     add = parser.add_argument
-    add("--model", choices=[name for name in MODELS if name.startswith("gpt")], default="gpt-tiny", help="(default: %(default)s)")
+    add(
+        "--model",
+        choices=[name for name in MODELS if name.startswith("gpt")],
+        default="gpt-tiny",
+        help="(default: %(default)s)",
+    )
     add(
         "--only",
         metavar="A,B,C",
@@ -293,7 +297,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     config = Config(model=chosen.model, ranks=devices, rounds=chosen.rounds, steps=chosen.steps, warmup=_WARMUP)
     header = environment.describe("benchmarks.xla") | {"devices": devices, "config": config.public()}
     found = measure(config, names)
-    situation = f"{config.model}, {devices} XLA devices; a step, medians of {config.rounds} rounds of {config.steps} steps"
+    situation = (
+        f"{config.model}, {devices} XLA devices; a step, medians of {config.rounds} rounds of {config.steps} steps"
+    )
     print(report(found, situation))
     if chosen.out is not None:
         chosen.out.write_text("".join(f"{line}\n" for line in records(found, header)))

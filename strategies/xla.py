@@ -39,7 +39,7 @@ from lightning_accel.core.xla import XLAEngine
 from lightning_accel.plugins.checkpoint_io import with_default
 from lightning_accel.plugins.xla_precision import suitable
 from lightning_accel.strategies.files import LEFT_IN_FILE, in_memory, require_intact, require_lightning
-from lightning_accel.strategies.options import reject_unknown
+from lightning_accel.strategies.options import Recomputed, find_recomputed, reject_unknown, require_recomputed
 from lightning_accel.strategies.saving import unwrap
 from lightning_accel.strategies.stock import whole
 from lightning_accel.strategies.xla_values import fetched, with_scores_on
@@ -58,13 +58,15 @@ class AccelXLAStrategy(ParallelStrategy):
             all of this host.
         units: Names or classes of modules whose parameters are gathered together, if parameters rest sharded. Default:
             the members of the model's repeated block class.
+        activation_checkpointing: Compute activations again in backward instead of keeping them: True for each unit's
+            module, or names or classes of modules.
         accelerator: As for Lightning's strategies, likewise the next two.
         checkpoint_io: Reads and writes checkpoint files.
         precision_plugin: The precision.
         unknown: Options that do not exist; refused.
 
     Raises:
-        ValueError: If there is no such row, or it takes no ``shard_size``.
+        ValueError: If there is no such row, it takes no ``shard_size``, or ``activation_checkpointing`` says nothing.
         TypeError: If there are options that do not exist.
 
     """
@@ -79,6 +81,7 @@ class AccelXLAStrategy(ParallelStrategy):
         sharding: str = "fsdp",
         shard_size: int | None = None,
         units: Units | None = None,
+        activation_checkpointing: Recomputed = False,
         accelerator: pl.accelerators.Accelerator | None = None,
         checkpoint_io: CheckpointIO | None = None,
         precision_plugin: Precision | None = None,
@@ -92,9 +95,11 @@ class AccelXLAStrategy(ParallelStrategy):
             raise ValueError(
                 f"Expected shard_size with sharding='fsdp_hybrid' only, got {shard_size} with {sharding!r}."
             )
+        require_recomputed(activation_checkpointing)
         self.sharding = sharding
         self._shard_size = shard_size
         self._units = units
+        self._recomputed = activation_checkpointing
         super().__init__(accelerator=accelerator, checkpoint_io=checkpoint_io, precision_plugin=precision_plugin)
         self.engine = None
         self._micro_batches = 0  # with a loss, since the last optimizer step
@@ -212,7 +217,9 @@ class AccelXLAStrategy(ParallelStrategy):
     def model_to_device(self) -> None:
         """Move the model to the devices, where it rests as the row says."""
         assert self.model is not None
+        recomputed = find_recomputed(self.model, self._recomputed, self._units)  # before anything has changed
         self.engine = XLAEngine(self.model, self.row, units=self._units, shard_size=self._shard_size)
+        self.engine.recompute(recomputed.values())
         for module in self.model.modules():
             if isinstance(module, Metric):
                 module.to(self.root_device)  # its states are neither parameters nor buffers

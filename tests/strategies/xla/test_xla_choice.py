@@ -78,6 +78,9 @@ def test_options_that_do_not_exist() -> None:
         AccelXLAStrategy("full")
     with pytest.raises(ValueError, match="Expected shard_size with sharding='fsdp_hybrid' only, got 2 with 'fsdp'"):
         AccelXLAStrategy("fsdp", shard_size=2)
+    for wrong in ("blocks", [], None):
+        with pytest.raises(ValueError, match="Expected activation_checkpointing to be True, False or a list"):
+            AccelXLAStrategy(activation_checkpointing=wrong)  # type: ignore[arg-type]
     with pytest.raises(TypeError, match="'shards_size' is unknown. Did you mean 'shard_size'"):
         AccelXLAStrategy("fsdp_hybrid", shards_size=2)
 

@@ -89,6 +89,19 @@ def test_bf16_true() -> None:
     assert ours.head.weight.dtype is torch.bfloat16
 
 
+@pytest.mark.parametrize("row", ["zero2", "fsdp"])
+def test_activation_checkpointing_equals_the_cpu(row: str) -> None:
+    ours, theirs = litnet(), litnet()
+    calls = []
+    ours.blocks[0].up.register_forward_hook(lambda *_: calls.append(1))
+    chosen = AccelXLAStrategy(row, activation_checkpointing=True)
+    settings: dict[str, Any] = {"max_steps": 5, "accumulate_grad_batches": 2, "gradient_clip_val": 0.3}
+    trainer(chosen, **settings).fit(ours, loader(10), loader(2, seed=2))
+    trainer(**settings).fit(theirs, loader(10))
+    assert difference(ours, theirs) < FLOAT32
+    assert len(calls) == 2 * 10 + 2 + 2, "twice for each batch, once in validation"
+
+
 def test_the_last_step_of_an_epoch_counts_the_micro_batches_there_are() -> None:
     """Three batches, two at a time: as the package's other strategies, and unlike Lightning's own."""
     ours, theirs = litnet(), litnet()
