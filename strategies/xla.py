@@ -32,10 +32,12 @@ from torch.optim import Optimizer
 from torchmetrics import Metric
 from typing_extensions import override
 
+from lightning_accel.core import GradScaler
 from lightning_accel.core.checkpoint import is_directory, load
 from lightning_accel.core.partition import Units
 from lightning_accel.core.placement import ROWS
 from lightning_accel.core.xla import XLAEngine
+from lightning_accel.core.xla.scaling import OnDevices
 from lightning_accel.plugins.checkpoint_io import with_default
 from lightning_accel.plugins.xla_precision import suitable
 from lightning_accel.strategies.files import LEFT_IN_FILE, in_memory, require_intact, require_lightning
@@ -60,6 +62,8 @@ class AccelXLAStrategy(ParallelStrategy):
             the members of the model's repeated block class.
         activation_checkpointing: Compute activations again in backward instead of keeping them: True for each unit's
             module, or names or classes of modules.
+        grad_scaler: Scales losses under ``precision="16-mixed"``, instead of one with torch's defaults; under
+            ``"bf16-mixed"`` it is a check for overflow.
         accelerator: As for Lightning's strategies, likewise the next two.
         checkpoint_io: Reads and writes checkpoint files.
         precision_plugin: The precision.
@@ -82,6 +86,7 @@ class AccelXLAStrategy(ParallelStrategy):
         shard_size: int | None = None,
         units: Units | None = None,
         activation_checkpointing: Recomputed = False,
+        grad_scaler: GradScaler | None = None,
         accelerator: pl.accelerators.Accelerator | None = None,
         checkpoint_io: CheckpointIO | None = None,
         precision_plugin: Precision | None = None,
@@ -100,6 +105,7 @@ class AccelXLAStrategy(ParallelStrategy):
         self._shard_size = shard_size
         self._units = units
         self._recomputed = activation_checkpointing
+        self._given_scaler = grad_scaler
         super().__init__(accelerator=accelerator, checkpoint_io=checkpoint_io, precision_plugin=precision_plugin)
         self.engine = None
         self._micro_batches = 0  # with a loss, since the last optimizer step
@@ -180,7 +186,13 @@ class AccelXLAStrategy(ParallelStrategy):
 
     @precision_plugin.setter
     def precision_plugin(self, precision_plugin: Precision | None) -> None:
-        self._precision_plugin = None if precision_plugin is None else suitable(precision_plugin)
+        self._precision_plugin = None if precision_plugin is None else suitable(precision_plugin, self._given_scaler)
+
+    @property
+    def grad_scaler(self) -> GradScaler | None:
+        """What scales losses, if anything does."""
+        scaler = getattr(self.precision_plugin, "scaler", None)
+        return scaler if isinstance(scaler, GradScaler) else None
 
     @property
     @override
@@ -220,6 +232,8 @@ class AccelXLAStrategy(ParallelStrategy):
         recomputed = find_recomputed(self.model, self._recomputed, self._units)  # before anything has changed
         self.engine = XLAEngine(self.model, self.row, units=self._units, shard_size=self._shard_size)
         self.engine.recompute(recomputed.values())
+        if self.grad_scaler is not None:
+            self.grad_scaler.surroundings = OnDevices(self.engine)
         for module in self.model.modules():
             if isinstance(module, Metric):
                 module.to(self.root_device)  # its states are neither parameters nor buffers

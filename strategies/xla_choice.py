@@ -12,6 +12,7 @@ import inspect
 from typing import Any
 
 from lightning.pytorch.accelerators import XLAAccelerator
+from lightning.pytorch.plugins.precision import MixedPrecision
 from lightning.pytorch.strategies import Strategy
 from lightning.pytorch.trainer.connectors.accelerator_connector import _AcceleratorConnector
 
@@ -30,6 +31,15 @@ def join_xla() -> None:
     if check is None or getattr(check, _MARK, False):
         return
     signature = inspect.signature(check)
+    choose = _AcceleratorConnector._check_and_init_precision
+
+    @functools.wraps(choose)
+    def choose_float16(self: Any) -> Any:
+        """Lightning would take a scaler for CUDA, and torch say that there is none."""
+        wanted = self._precision_flag == "16-mixed" and self._precision_plugin_flag is None
+        if not (wanted and isinstance(self.strategy, AccelXLAStrategy)):
+            return choose(self)
+        return MixedPrecision("16-mixed", device="xla")
 
     @functools.wraps(check)
     def check_xla(*args: Any, **kwargs: Any) -> Any:
@@ -39,6 +49,7 @@ def join_xla() -> None:
 
     setattr(check_xla, _MARK, True)
     setattr(_AcceleratorConnector, _CHECK, check_xla)
+    _AcceleratorConnector._check_and_init_precision = choose_float16  # type: ignore[method-assign]
 
 
 def agreed(strategy: Any, accelerator: Any) -> tuple[Any, Any]:

@@ -79,6 +79,8 @@ class XLAEngine:
         self.module = module
         self.steps = 0
         """Optimizer steps so far."""
+        self.backwards = 0
+        """Backwards so far."""
         self._optimizers: list[Optimizer] = []
         self.is_closed = False
         """Whether it leaves the module and the optimizers alone."""
@@ -169,6 +171,7 @@ class XLAEngine:
     @contextmanager
     def backward_context(self) -> Iterator[None]:
         """Within it, gradients may arrive."""
+        self.backwards += 1
         yield
         rest = self.row.gradients if self._synchronise else self.row.accumulating
         for parameter in self.module.parameters():

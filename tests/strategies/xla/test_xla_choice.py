@@ -7,10 +7,12 @@ from typing import Any
 
 import lightning.pytorch as pl
 import pytest
+import torch
 from lightning.pytorch.accelerators import AcceleratorRegistry, CPUAccelerator
 from lightning.pytorch.plugins.precision import DoublePrecision, HalfPrecision, MixedPrecision, Precision, XLAPrecision
 from lightning.pytorch.strategies import StrategyRegistry
 
+from lightning_accel.core import GradScaler
 from lightning_accel.core.placement import ROWS
 from lightning_accel.plugins.xla_precision import suitable
 from lightning_accel.strategies import AccelFSDPStrategy, AccelXLAStrategy
@@ -92,13 +94,29 @@ def test_precisions() -> None:
     mixed = suitable(MixedPrecision("bf16-mixed", device="cuda"))
     assert isinstance(mixed, MixedPrecision)
     assert mixed.device == "xla"
+    assert mixed.scaler is None
+
+
+def test_the_scaler_of_float16() -> None:
+    made = suitable(MixedPrecision("16-mixed", device="cpu", scaler=torch.amp.GradScaler("cpu", init_scale=8.0)))
+    assert isinstance(made, MixedPrecision)
+    assert isinstance(made.scaler, GradScaler)
+    assert made.scaler.get_scale() == 8.0
+    given = GradScaler(rule="deepspeed")
+    strategy = AccelXLAStrategy(grad_scaler=given, precision_plugin=MixedPrecision("16-mixed", device="xla"))
+    assert strategy.grad_scaler is given
+    assert AccelXLAStrategy().grad_scaler is None
+    with pytest.raises(ValueError, match="Expected precision='16-mixed' or 'bf16-mixed' together with grad_scaler"):
+        AccelXLAStrategy(grad_scaler=given, precision_plugin=Precision())
+    with pytest.raises(ValueError, match=r"a gradient scaler that is enabled.*got torch\.amp\.grad_scaler\.GradScaler"):
+        suitable(MixedPrecision("16-mixed", device="cpu", scaler=torch.amp.GradScaler("cpu", enabled=False)))
 
 
 @pytest.mark.parametrize(
-    "plugin", [DoublePrecision(), HalfPrecision("16-true"), MixedPrecision("16-mixed", device="cpu")]
+    "plugin", [DoublePrecision(), HalfPrecision("16-true")]
 )
 def test_precisions_that_are_not_offered(plugin: Precision) -> None:
-    with pytest.raises(ValueError, match="Expected precision to be '32-true', 'bf16-mixed' or 'bf16-true'"):
+    with pytest.raises(ValueError, match="Expected precision to be '32-true', '16-mixed', 'bf16-mixed' or"):
         AccelXLAStrategy(precision_plugin=plugin)
 
 
