@@ -100,7 +100,7 @@ def test_a_new_scale_compiles_nothing_and_one_value_is_read_a_step() -> None:
     fit = trainer(chosen, callbacks=[counted], precision="16-mixed", gradient_clip_val=0.3, max_epochs=1)
     fit.fit(litnet(), loader(10))
     assert len(set(counted.scales)) > 4
-    compiled, read = zip(*counted.seen[3:], strict=True)
+    compiled, read = zip(*counted.seen[5:], strict=True)  # three new scales are among them
     assert len(set(compiled)) == 1, compiled
     assert {later - sooner for sooner, later in zip(read, read[1:], strict=False)} == {1}, read
 
