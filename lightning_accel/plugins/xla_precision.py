@@ -57,5 +57,5 @@ def _clip_gradients(
     gradient_clip_algorithm: GradClipAlgorithmType = GradClipAlgorithmType.NORM,
 ) -> None:
     if isinstance(plugin.scaler, GradScaler) and clip_val != 0:
-        plugin.scaler.unscale_(getattr(optimizer, "_optimizer", optimizer))  # under manual optimization nobody else does
+        plugin.scaler.unscale_(getattr(optimizer, "_optimizer", optimizer))  # nobody else does, manually
     MixedPrecision.clip_gradients(plugin, optimizer, clip_val, gradient_clip_algorithm)

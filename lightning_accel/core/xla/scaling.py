@@ -1,7 +1,7 @@
 """What the loss scale's rules need on XLA devices.
 
-A number that a program computes with is sent there, or it would be part of the program, and each new scale another one to
-compile. The verdict is read on the host, which says whether there is a step: what is recorded by then is cut off
+A number that a program computes with is sent there, or it would be part of the program, and each new scale another one
+to compile. The verdict is read on the host, which says whether there is a step: what is recorded by then is cut off
 first, or the devices would compute it for the verdict, and once more for the gradients.
 """
 

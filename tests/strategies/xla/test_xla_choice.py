@@ -112,9 +112,7 @@ def test_the_scaler_of_float16() -> None:
         suitable(MixedPrecision("16-mixed", device="cpu", scaler=torch.amp.GradScaler("cpu", enabled=False)))
 
 
-@pytest.mark.parametrize(
-    "plugin", [DoublePrecision(), HalfPrecision("16-true")]
-)
+@pytest.mark.parametrize("plugin", [DoublePrecision(), HalfPrecision("16-true")])
 def test_precisions_that_are_not_offered(plugin: Precision) -> None:
     with pytest.raises(ValueError, match="Expected precision to be '32-true', '16-mixed', 'bf16-mixed' or"):
         AccelXLAStrategy(precision_plugin=plugin)
