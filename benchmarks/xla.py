@@ -96,7 +96,7 @@ def by_hand(kind: str, config: Config) -> Contestant:
         torch_xla._XLAC._xla_annotate_custom_sharding(tensor, mesh.get_op_sharding(spec))
 
     def backward(loss: Tensor) -> None:
-        loss.backward()  # type: ignore[no-untyped-call]
+        loss.backward()
         if kind == "zero":
             for parameter in model.parameters():
                 assert parameter.grad is not None

@@ -43,7 +43,7 @@ def _mixed(plugin: MixedPrecision, grad_scaler: GradScaler | None) -> MixedPreci
             f" {type(scaler).__module__}.{type(scaler).__qualname__}. (torch disables those for CUDA where there is"
             " none.) Use precision='16-mixed', or MixedPrecision('16-mixed', device='xla')."
         )
-    made = MixedPrecision(plugin.precision, device="xla")
+    made = MixedPrecision("16-mixed" if plugin.precision == "16-mixed" else "bf16-mixed", device="xla")
     made.scaler = scaler
     made = with_engine(made, grad_scaler)
     made.__dict__["clip_gradients"] = partial(_clip_gradients, made)

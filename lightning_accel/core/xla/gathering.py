@@ -30,6 +30,7 @@ class _Whole(torch.autograd.Function):
     @staticmethod
     @override
     def forward(ctx: Any, placing: Placing, *parts: Tensor) -> tuple[Tensor, ...]:
+        ctx.placing = placing
         ctx.set_materialize_grads(False)  # what was not used has no gradient
         return tuple(placing.annotate(part.clone(), replicated(part.shape)) for part in parts)
 
@@ -38,7 +39,12 @@ class _Whole(torch.autograd.Function):
     def backward(ctx: Any, *gradients: Tensor | None) -> tuple[Tensor | None, ...]:
         from torch_xla.core import xla_model
 
-        arrived = [None if gradient is None else gradient.clone() for gradient in gradients]
+        # Whole here, and cut only where they rest: were they cut at once, the partitioner would compute each part of a
+        # product by itself, and gather the activations of all samples for it.
+        arrived = [
+            None if gradient is None else ctx.placing.annotate(gradient.clone(), replicated(gradient.shape))
+            for gradient in gradients
+        ]
         xla_model.optimization_barrier_([gradient for gradient in arrived if gradient is not None])
         return None, *arrived
 

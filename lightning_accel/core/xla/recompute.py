@@ -90,11 +90,9 @@ class _Call:
         self._leaves, self._structure = tree_flatten((args, kwargs))
         self._copies: list[Tensor] | None = None
         self._seed = xla_model.get_rng_state()
-        self._autocast = {
-            "enabled": torch.is_autocast_enabled("xla"),
-            "dtype": torch.get_autocast_dtype("xla"),
-            "cache_enabled": torch.is_autocast_cache_enabled(),
-        }
+        self._autocast = torch.is_autocast_enabled("xla")
+        self._dtype = torch.get_autocast_dtype("xla")
+        self._caches = torch.is_autocast_cache_enabled()
         self._is_forward = True
 
     def hide(self, gradients: Sequence[Tensor]) -> None:
@@ -125,7 +123,8 @@ class _Call:
         leaves = [next(copies) if _is_on_devices(leaf) else leaf for leaf in self._leaves]
         args, kwargs = tree_unflatten(leaves, self._structure)
         gathered = contextlib.nullcontext() if self._unit is None else self._unit.filled(list(copies))
-        with xla_model.fork_rng(), torch.autocast("xla", **self._autocast), gathered:
+        autocast = torch.autocast("xla", self._dtype, enabled=self._autocast, cache_enabled=self._caches)
+        with xla_model.fork_rng(), autocast, gathered:
             xla_model.set_rng_state(self._seed)  # see [Note: random numbers]
             return self._function(*args, **kwargs)
 

@@ -163,13 +163,14 @@ def test_what_was_kept_for_backward_is_let_go_after_it() -> None:
     engine = XLAEngine(model, "fsdp")
     engine.recompute(model.blocks)
     kept: list[weakref.ref[Tensor]] = []
-    for block in model.blocks:
-        block.up.register_forward_pre_hook(lambda _, args: kept.append(weakref.ref(args[0])))
-        block.up.register_forward_pre_hook(lambda module, _: kept.append(weakref.ref(module.weight)))
+    ups = [block.get_submodule("up") for block in model.blocks]
+    for up in ups:
+        up.register_forward_pre_hook(lambda _, args: kept.append(weakref.ref(args[0])))
+        up.register_forward_pre_hook(lambda module, _: kept.append(weakref.ref(module.weight)))
     loss = model(engine.put_batch(batches(1, torch.float64)[0]))
     loss.backward()  # and not the engine's, which cuts nothing off here either
     assert len(kept) == 4 * BLOCKS
-    weights = {id(block.up.weight) for block in model.blocks}
+    weights = {id(up.get_parameter("weight")) for up in ups}
     assert all(one() is None or id(one()) in weights for one in kept)
     assert loss.grad_fn is not None
 
@@ -178,7 +179,7 @@ def test_a_step_between_forward_and_backward_is_refused() -> None:
     model = net()
     engine = XLAEngine(model, "fsdp")
     engine.recompute(model.blocks)
-    optimizer = torch.optim.SGD(model.blocks[0].up.parameters(), lr=0.1)
+    optimizer = torch.optim.SGD(model.blocks[0].parameters(), lr=0.1)
     engine.add_optimizer(optimizer)
     first, second = (model(engine.put_batch(x)) for x in batches(2, torch.float64))
     engine.backward(first)
