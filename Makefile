@@ -38,7 +38,7 @@ matrix: $(INSTALLED) ## run the slow matrices of settings
 	$(BIN)/python -m pytest -m matrix --durations=25
 
 test-xla: $(INSTALLED_XLA) ## run the XLA tests on four virtual CPU devices, in an environment of their own (7 GB)
-	PJRT_DEVICE=CPU CPU_NUM_DEVICES=4 $(VENV_XLA)/bin/python -m pytest -m xla tests/core/xla tests/strategies/xla
+	PJRT_DEVICE=CPU CPU_NUM_DEVICES=4 $(VENV_XLA)/bin/python -m pytest -m xla tests/core/xla tests/strategies/xla tests/benchmarks/test_benchmark_xla.py
 
 $(INSTALLED_XLA): requirements-xla.txt pyproject.toml
 	@echo "Installing requirements-xla.txt into $(VENV_XLA): 7 GB, as torch 2.9 comes with CUDA; some minutes."

@@ -13,7 +13,7 @@ from typing import Any
 
 import psutil
 
-_PACKAGES = ("torch", "lightning", "accelerate", "deepspeed", "lightning-accel")
+_PACKAGES = ("torch", "torch_xla", "lightning", "accelerate", "deepspeed", "lightning-accel")
 
 
 def describe(command: str = "benchmarks") -> dict[str, Any]:

@@ -82,11 +82,7 @@ class EngineOptions:
         if not self.bucket_cap_mb > 0:
             raise ValueError(f"Expected bucket_cap_mb to be positive, got {self.bucket_cap_mb}.")
         which, options = self.activation_checkpointing, self.activation_checkpointing_options
-        if not isinstance(which, bool) and not (isinstance(which, Collection) and which) or isinstance(which, str):
-            raise ValueError(
-                "Expected activation_checkpointing to be True, False or a list of module names and classes, got"
-                f" {which!r}."
-            )
+        require_recomputed(which)
         require_options(options or {})
         if options and which is False:
             raise ValueError(
@@ -186,7 +182,8 @@ class EngineOptions:
             ValueError: If a unit or a module to recompute does not exist.
 
         """
-        recomputed = self._recomputed(module)  # before anything has changed: it may raise
+        # Before anything has changed: it may raise.
+        recomputed = find_recomputed(module, self.activation_checkpointing, self.units)
         dtypes = self.dtypes(precision, row)
         engine = Engine(
             module,
@@ -212,19 +209,43 @@ class EngineOptions:
                 block.compile(**arguments)
         return engine
 
-    def _recomputed(self, module: nn.Module) -> dict[str, nn.Module]:
-        which = self.activation_checkpointing
-        if which is False:
-            return {}
-        if which is not True:
-            return find_modules(module, which, "activation_checkpointing")
-        blocks = find_blocks(module, self.units)
-        if not blocks:
-            raise ValueError(
-                "Expected the model to have repeated blocks (a ModuleList or Sequential of one class) for"
-                " activation_checkpointing=True, found none. Name modules or classes instead."
-            )
-        return blocks
+
+def require_recomputed(which: Recomputed) -> None:
+    """Raise unless this says for which modules there is activation checkpointing.
+
+    Raises:
+        ValueError: If it does not.
+
+    """
+    if not isinstance(which, bool) and not (isinstance(which, Collection) and which) or isinstance(which, str):
+        raise ValueError(
+            f"Expected activation_checkpointing to be True, False or a list of module names and classes, got {which!r}."
+        )
+
+
+def find_recomputed(module: nn.Module, which: Recomputed, units: Units | None) -> dict[str, nn.Module]:
+    """The modules that compute their activations again, by name.
+
+    Args:
+        module: The model.
+        which: What the user has said.
+        units: As for ``Engine``.
+
+    Raises:
+        ValueError: If one does not exist, or there are no repeated blocks.
+
+    """
+    if which is False:
+        return {}
+    if which is not True:
+        return find_modules(module, which, "activation_checkpointing")
+    blocks = find_blocks(module, units)
+    if not blocks:
+        raise ValueError(
+            "Expected the model to have repeated blocks (a ModuleList or Sequential of one class) for"
+            " activation_checkpointing=True, found none. Name modules or classes instead."
+        )
+    return blocks
 
 
 def to_device(module: nn.Module, device: torch.device) -> None:

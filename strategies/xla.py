@@ -28,11 +28,14 @@ from torch import Tensor
 from torch.optim import Optimizer
 from typing_extensions import override
 
+from lightning_accel.core import GradScaler
 from lightning_accel.core.partition import Units
 from lightning_accel.core.xla import XLAEngine
+from lightning_accel.core.xla.scaling import OnDevices
 from lightning_accel.plugins.xla_precision import suitable
 from lightning_accel.strategies.files import LEFT_IN_FILE, in_memory, require_lightning
 from lightning_accel.strategies.launched import evaluate_writably
+from lightning_accel.strategies.options import Recomputed, find_recomputed, require_recomputed
 from lightning_accel.strategies.saving import unwrap
 from lightning_accel.strategies.xla_shared import (
     OneProgram,
@@ -58,13 +61,17 @@ class AccelXLAStrategy(OneProgram, ParallelStrategy):
             all of this host.
         units: Names or classes of modules whose parameters are gathered together, if parameters rest sharded. Default:
             the members of the model's repeated block class.
+        activation_checkpointing: Compute activations again in backward instead of keeping them: True for each unit's
+            module, or names or classes of modules.
+        grad_scaler: Scales losses under ``precision="16-mixed"``, instead of one with torch's defaults; under
+            ``"bf16-mixed"`` it is a check for overflow.
         accelerator: As for Lightning's strategies, likewise the next two.
         checkpoint_io: Reads and writes checkpoint files.
         precision_plugin: The precision.
         unknown: Options that do not exist; refused.
 
     Raises:
-        ValueError: If there is no such row, or it takes no ``shard_size``.
+        ValueError: If there is no such row, it takes no ``shard_size``, or ``activation_checkpointing`` says nothing.
         TypeError: If there are options that do not exist.
 
     """
@@ -77,12 +84,17 @@ class AccelXLAStrategy(OneProgram, ParallelStrategy):
         sharding: str = "fsdp",
         shard_size: int | None = None,
         units: Units | None = None,
+        activation_checkpointing: Recomputed = False,
+        grad_scaler: GradScaler | None = None,
         accelerator: pl.accelerators.Accelerator | None = None,
         checkpoint_io: CheckpointIO | None = None,
         precision_plugin: Precision | None = None,
         **unknown: Any,
     ) -> None:
         self._choose(sharding, shard_size, units, unknown)
+        require_recomputed(activation_checkpointing)
+        self._recomputed = activation_checkpointing
+        self._given_scaler = grad_scaler
         super().__init__(accelerator=accelerator, checkpoint_io=checkpoint_io, precision_plugin=precision_plugin)
         self.engine = None
         self._micro_batches = 0  # with a loss, since the last optimizer step
@@ -103,7 +115,13 @@ class AccelXLAStrategy(OneProgram, ParallelStrategy):
 
     @precision_plugin.setter
     def precision_plugin(self, precision_plugin: Precision | None) -> None:
-        self._precision_plugin = None if precision_plugin is None else suitable(precision_plugin)
+        self._precision_plugin = None if precision_plugin is None else suitable(precision_plugin, self._given_scaler)
+
+    @property
+    def grad_scaler(self) -> GradScaler | None:
+        """What scales losses, if anything does."""
+        scaler = getattr(self.precision_plugin, "scaler", None)
+        return scaler if isinstance(scaler, GradScaler) else None
 
     # ------------------------------------------------------------------ set-up
 
@@ -123,7 +141,11 @@ class AccelXLAStrategy(OneProgram, ParallelStrategy):
     def model_to_device(self) -> None:
         """Move the model to the devices, where it rests as the row says."""
         assert self.model is not None
+        recomputed = find_recomputed(self.model, self._recomputed, self._units)  # before anything has changed
         self.engine = XLAEngine(self.model, self.row, units=self._units, shard_size=self._shard_size)
+        self.engine.recompute(recomputed.values())
+        if self.grad_scaler is not None:
+            self.grad_scaler.surroundings = OnDevices(self.engine)
         follow(self.model, self.root_device)
 
     @override

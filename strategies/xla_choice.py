@@ -15,6 +15,7 @@ from lightning.fabric.accelerators import XLAAccelerator as FabricXLAAccelerator
 from lightning.fabric.connector import _Connector
 from lightning.fabric.strategies import Strategy as FabricStrategy
 from lightning.pytorch.accelerators import XLAAccelerator
+from lightning.pytorch.plugins.precision import MixedPrecision
 from lightning.pytorch.strategies import Strategy
 from lightning.pytorch.trainer.connectors.accelerator_connector import _AcceleratorConnector
 
@@ -32,6 +33,7 @@ def join_xla() -> None:
     """Have the Trainer and Fabric choose accel_xla as accelerator for the strategy, and the reverse."""
     _join(_AcceleratorConnector)
     _join(_Connector)
+    _offer_float16()
 
 
 def _join(connector: type) -> None:
@@ -48,6 +50,23 @@ def _join(connector: type) -> None:
 
     setattr(check_xla, _MARK, True)
     setattr(connector, _CHECK, check_xla)
+
+
+def _offer_float16() -> None:
+    choose = _AcceleratorConnector._check_and_init_precision
+    if getattr(choose, _MARK, False):
+        return
+
+    @functools.wraps(choose)
+    def choose_float16(self: Any) -> Any:
+        """Lightning would take a scaler for CUDA, and torch say that there is none."""
+        wanted = self._precision_flag == "16-mixed" and self._precision_plugin_flag is None
+        if not (wanted and isinstance(self.strategy, AccelXLAStrategy)):
+            return choose(self)
+        return MixedPrecision("16-mixed", device="xla")
+
+    setattr(choose_float16, _MARK, True)
+    _AcceleratorConnector._check_and_init_precision = choose_float16  # type: ignore[method-assign]
 
 
 def agreed(strategy: Any, accelerator: Any) -> tuple[Any, Any]:

@@ -48,6 +48,22 @@ class _Checked:
     """Whether the scale has followed."""
 
 
+class Surroundings:
+    """What a scaler has to know of the devices. Others than torch's own kind have one of their own."""
+
+    def number(self, value: float, device: torch.device) -> Tensor:
+        """A number on a device, in fp32, which has room for it, whatever the default dtype is just now."""
+        return torch.full((), value, dtype=torch.float32, device=device)
+
+    def read(self, verdict: Tensor) -> bool:
+        """The value of a tensor of one element."""
+        return bool(verdict)
+
+    def backwards(self, optimizer: Optimizer) -> int | None:
+        """How many backwards there were, for an optimizer that no ``Engine`` has; None if nobody counts."""
+        return None
+
+
 class GradScaler:
     """Scales losses and unscales gradients, with the methods of ``torch.amp.GradScaler``, under every placement row.
 
@@ -88,6 +104,8 @@ class GradScaler:
         self._common_verdict = common_verdict
         self._enabled = enabled
         self._checked: dict[EngineOptimizer | Optimizer, _Checked] = {}
+        self.surroundings = Surroundings()
+        """How it deals with the devices."""
         self.skipped_steps = 0
         """How many optimizer steps were skipped."""
 
@@ -132,7 +150,7 @@ class GradScaler:
         if not self._enabled:
             return outputs
         if isinstance(outputs, Tensor):
-            return outputs * _number(self._scale.value, outputs.device)
+            return outputs * self.surroundings.number(self._scale.value, outputs.device)
         if isinstance(outputs, (list, tuple)):
             return type(outputs)(map(self.scale, outputs))
         if isinstance(outputs, Iterable):
@@ -154,7 +172,7 @@ class GradScaler:
         if not self._enabled:
             return
         side = _side(optimizer)
-        backwards = side.engine.backwards if isinstance(side, EngineOptimizer) else None
+        backwards = side.engine.backwards if isinstance(side, EngineOptimizer) else self.surroundings.backwards(side)
         known = self._checked.get(side)
         if known is not None and backwards is not None and known.backwards == backwards and not known.stepped:
             return
@@ -178,16 +196,34 @@ class GradScaler:
             side.overflowed = overflow
         else:
             shown = [p.grad for group in side.param_groups for p in group["params"] if p.grad is not None]
-            overflow = bool(_unscale(shown, self._scale.value))
+            overflow = self.surroundings.read(self._unscale(shown))
         self._checked[side] = _Checked(overflow, backwards)
 
     def _divide(self, side: EngineOptimizer) -> bool:
         """Divide an optimizer's gradients; whether any of this rank's is not finite."""
         if not side.gradients.are_deferred:
-            return bool(_unscale(side.gradients.tensors(), self._scale.value))
+            return self.surroundings.read(self._unscale(side.gradients.tensors()))
         for unit in side.used_units:
             _require_range(unit.memory.master_dtype)
         return not side.gradients.divide(self._scale.value)
+
+    @torch.no_grad()
+    def _unscale(self, gradients: Sequence[Tensor]) -> Tensor:
+        """Divide gradients in place; returns, as a tensor of one element, whether any of theirs is not finite."""
+        inverse, alike = 1.0 / self._scale.value, defaultdict[tuple[torch.device, torch.dtype], list[Tensor]](list)
+        for gradient in gradients:
+            _require_range(gradient.dtype, gradient.layout)
+            real = torch.view_as_real(gradient) if gradient.is_complex() else gradient
+            alike[real.device, real.dtype].append(real)
+        verdicts = []
+        for (device, _), some in alike.items():
+            found = torch.zeros(1, dtype=torch.float32, device=device)
+            factor = self.surroundings.number(inverse, device)
+            torch._amp_foreach_non_finite_check_and_unscale_(some, found, factor)
+            verdicts.append(found)
+        if not verdicts:
+            return torch.zeros(1, dtype=torch.float32)
+        return torch.stack([verdict.to(verdicts[0].device) for verdict in verdicts]).amax(0)
 
     def step(self, optimizer: Optimizer, *args: Any, **kwargs: Any) -> Any:
         """``optimizer.step(*args, **kwargs)``, unless gradients have overflowed. For all ranks, together.
@@ -245,7 +281,7 @@ class GradScaler:
         new = [checked for checked in self._checked.values() if not checked.counted]
         for side, checked in list(self._checked.items()):
             checked.counted = True
-            if checked.stepped or not isinstance(side, EngineOptimizer):
+            if checked.stepped or checked.backwards is None:
                 del self._checked[side]
                 if isinstance(side, EngineOptimizer):
                     side.overflowed = False
@@ -279,32 +315,9 @@ def _side(optimizer: Optimizer) -> EngineOptimizer | Optimizer:
     return getattr(optimizer, "_engine_optimizer", optimizer)
 
 
-def _number(value: float, device: torch.device) -> Tensor:
-    """In fp32, which has room for it, whatever the default dtype is just now."""
-    return torch.full((), value, dtype=torch.float32, device=device)
-
-
 def _require_range(dtype: torch.dtype, layout: torch.layout = torch.strided) -> None:
     if layout is not torch.strided or dtype is torch.float16:
         raise ValueError(
             f"Expected dense gradients of more range than float16 to unscale, got {dtype}, {layout}. Keep parameters in"
             " float32 and compute under torch.autocast."
         )
-
-
-@torch.no_grad()
-def _unscale(gradients: Sequence[Tensor], scale: float) -> Tensor:
-    """Divide gradients in place; returns, as a tensor of one element, whether any of theirs is not finite."""
-    alike: defaultdict[tuple[torch.device, torch.dtype], list[Tensor]] = defaultdict(list)
-    for gradient in gradients:
-        _require_range(gradient.dtype, gradient.layout)
-        real = torch.view_as_real(gradient) if gradient.is_complex() else gradient
-        alike[real.device, real.dtype].append(real)
-    verdicts = []
-    for (device, _), some in alike.items():
-        found = torch.zeros(1, dtype=torch.float32, device=device)
-        torch._amp_foreach_non_finite_check_and_unscale_(some, found, _number(1.0 / scale, device))
-        verdicts.append(found)
-    if not verdicts:
-        return torch.zeros(1, dtype=torch.float32)
-    return torch.stack([verdict.to(verdicts[0].device) for verdict in verdicts]).amax(0)

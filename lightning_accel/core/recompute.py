@@ -21,7 +21,7 @@ more argument, empty, that always needs a gradient.
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import partial
 from typing import Any
 
@@ -76,7 +76,7 @@ def recompute(modules: Iterable[nn.Module], options: Mapping[str, Any] | None = 
 
     """
     require_options(options or {})
-    replaced = [_Forward(module, options or {}) for module in modules]
+    replaced = [Recomputing(module, options or {}) for module in modules]
 
     def undo() -> None:
         for forward in replaced:
@@ -85,8 +85,14 @@ def recompute(modules: Iterable[nn.Module], options: Mapping[str, Any] | None = 
     return undo
 
 
-class _Forward:
-    """What stands in for the ``forward`` of a module."""
+class Recomputing:
+    """What stands in for the ``forward`` of a module.
+
+    Args:
+        module: The module.
+        options: Keyword arguments for ``torch.utils.checkpoint.checkpoint``.
+
+    """
 
     def __init__(self, module: nn.Module, options: Mapping[str, Any]) -> None:
         self._module = module
@@ -107,36 +113,44 @@ class _Forward:
             del vars(self._module)["forward"]
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        """The module's forward."""
         if not (self._active and self._module.training and torch.is_grad_enabled()):
             return self._inner(*args, **kwargs)
         if torch.compiler.is_compiling():  # compiled code knows one kind of checkpointing only
             function = partial(self._inner, **kwargs) if kwargs else self._inner
             return checkpoint(function, *args, **{**self._options, "use_reentrant": False})
-        function, done = self._watched()
+        function, done = self._watched(self._kept(args, kwargs))
         try:
-            if self._options["use_reentrant"]:
-                return self._reentrant(function, args, kwargs)
-            # Keyword arguments of the module may have the names of options.
-            return checkpoint(partial(function, **kwargs), *args, **self._options)
+            return self._checkpointed(function, args, kwargs)
         finally:
             done()
 
-    def _watched(self) -> tuple[Callable[..., Any], Callable[[], None]]:
+    def _checkpointed(self, function: Callable[..., Any], args: Any, kwargs: Any) -> Any:
+        """What the module returns, from a function that computes it now and once more in backward."""
+        if self._options["use_reentrant"]:
+            return self._reentrant(function, args, kwargs)
+        # Keyword arguments of the module may have the names of options.
+        return checkpoint(partial(function, **kwargs), *args, **self._options)
+
+    def _kept(self, args: Any, kwargs: Any) -> list[Tensor]:
+        """What has to keep its values until backward. See [Note: changed parameters]."""
+        return list(self._module.parameters())  # torch looks after the arguments
+
+    def _watched(self, kept: Sequence[Tensor]) -> tuple[Callable[..., Any], Callable[[], None]]:
         """The module's forward for one call, and what to call after it. See [Note: changed parameters]."""
-        parameters = list(self._module.parameters())
         versions: list[int] = []
 
         def run(*args: Any, **kwargs: Any) -> Any:
-            if versions and versions != [p._version for p in parameters]:
+            if versions and versions != [tensor._version for tensor in kept]:
                 raise RuntimeError(
-                    f"Expected the parameters of {type(self._module).__name__} to stay as they were in forward until"
-                    " backward computes its activations again, but they were modified by an inplace operation (an"
-                    " optimizer step?) in between. Run forward again, or leave this module out of"
+                    f"Expected the parameters of {type(self._module).__name__} to stay as they were in forward,"
+                    " like its input, until backward computes its activations again, but they were modified by an"
+                    " inplace operation (an optimizer step?) in between. Run forward again, or leave this module out of"
                     " activation_checkpointing."
                 )
             return self._inner(*args, **kwargs)
 
-        return run, lambda: versions.extend(p._version for p in parameters)
+        return run, lambda: versions.extend(tensor._version for tensor in kept)
 
     def _reentrant(self, function: Callable[..., Any], args: Any, kwargs: Any) -> Any:
         """See [Note: reentrant]."""

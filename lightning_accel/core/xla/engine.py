@@ -13,7 +13,7 @@ Annotations have to be there before. A loss is thus what it is on one device, an
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -22,9 +22,10 @@ from torch.optim import Optimizer
 
 from lightning_accel.core.partition import Units, find_blocks
 from lightning_accel.core.placement import Rest, Row, find_row
-from lightning_accel.core.xla.gathering import gather_in_units
+from lightning_accel.core.xla.gathering import Unit, gather_in_units
 from lightning_accel.core.xla.moving import replace_tensors, to_host
 from lightning_accel.core.xla.placing import Placing
+from lightning_accel.core.xla.recompute import recompute_on_devices
 from lightning_accel.core.xla.report import XLAReport, programs_compiled
 from lightning_accel.core.xla.shardings import Spec, replicated, sharded
 
@@ -78,11 +79,14 @@ class XLAEngine:
         self.module = module
         self.steps = 0
         """Optimizer steps so far."""
+        self.backwards = 0
+        """Backwards so far."""
         self._optimizers: list[Optimizer] = []
         self.is_closed = False
         """Whether it leaves the module and the optimizers alone."""
         self._synchronise = True
-        find_blocks(module, units)  # before anything has changed: it may raise
+        blocks = find_blocks(module, units).values()  # before anything has changed: it may raise
+        self._within_units = {part for block in blocks for part in block.modules()}
         self._compiled_before = programs_compiled()
         replace_tensors(module, lambda tensor: self.placing.put(tensor.detach().cpu(), self._spec_of_value(tensor)))
         self._undo = [gather_in_units(module, units, self.placing)] if self.row.parameters is Rest.SHARDED else []
@@ -97,6 +101,24 @@ class XLAEngine:
         return self._spec(tensor, self.row.parameters if is_parameter else Rest.REPLICATED)
 
     # ---------------------------------------------------------------- training
+
+    def recompute(self, modules: Iterable[nn.Module]) -> None:
+        """Have modules compute their activations again in backward: activation checkpointing.
+
+        Parameters that rest sharded are gathered again for that. See core/xla/recompute.py.
+
+        Args:
+            modules: Of the engine's module.
+
+        """
+        self._undo.append(recompute_on_devices([(module, self._unit_of(module)) for module in modules]))
+
+    def _unit_of(self, module: nn.Module) -> Unit | None:
+        """What gathers the parameters that no module within this one would gather by itself."""
+        if self.row.parameters is not Rest.SHARDED:
+            return None
+        unit = Unit(self.placing, module.modules() if module in self._within_units else [module])
+        return unit if unit.parts else None
 
     def add_optimizer(self, optimizer: Optimizer) -> None:
         """Have an optimizer's state and what it updates rest as the row says.
@@ -155,6 +177,7 @@ class XLAEngine:
                 engines have said where their gradients rest, too.
 
         """
+        self.backwards += 1
         yield
         rest = self.row.gradients if self._synchronise else self.row.accumulating
         for parameter in self.module.parameters():

@@ -11,7 +11,8 @@ into one that needs room for all of them (the same end that torch_xla's SpmdFull
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -29,6 +30,7 @@ class _Whole(torch.autograd.Function):
     @staticmethod
     @override
     def forward(ctx: Any, placing: Placing, *parts: Tensor) -> tuple[Tensor, ...]:
+        ctx.placing = placing
         ctx.set_materialize_grads(False)  # what was not used has no gradient
         return tuple(placing.annotate(part.clone(), replicated(part.shape)) for part in parts)
 
@@ -37,13 +39,24 @@ class _Whole(torch.autograd.Function):
     def backward(ctx: Any, *gradients: Tensor | None) -> tuple[Tensor | None, ...]:
         from torch_xla.core import xla_model
 
-        arrived = [None if gradient is None else gradient.clone() for gradient in gradients]
+        # Whole here, and cut only where they rest: were they cut at once, the partitioner would compute each part of a
+        # product by itself, and gather the activations of all samples for it.
+        arrived = [
+            None if gradient is None else ctx.placing.annotate(gradient.clone(), replicated(gradient.shape))
+            for gradient in gradients
+        ]
         xla_model.optimization_barrier_([gradient for gradient in arrived if gradient is not None])
         return None, *arrived
 
 
-class _Unit:
-    """Modules whose parameters are gathered together while one of them, which has the others in it, computes."""
+class Unit:
+    """Modules whose parameters are gathered together while one of them, which has the others in it, computes.
+
+    Args:
+        placing: The devices.
+        owners: The modules.
+
+    """
 
     def __init__(self, placing: Placing, owners: Iterable[nn.Module]) -> None:
         self._placing = placing
@@ -53,22 +66,40 @@ class _Unit:
             for name, parameter in owner._parameters.items()
             if parameter is not None
         ]
+        self.parts = list(dict.fromkeys(parameter for _, _, parameter in self._places))
+        """The parameters as they rest."""
         self._depth = 0
 
     def enter(self, module: nn.Module, args: Any) -> None:
+        """A hook before the forward of a module."""
         self._depth += 1
-        if self._depth > 1:
-            return
-        parts = list(dict.fromkeys(parameter for _, _, parameter in self._places))
-        whole = dict(zip(parts, _Whole.apply(self._placing, *parts), strict=True))  # type: ignore[no-untyped-call]
+        if self._depth == 1:
+            self._fill(self.parts)
+
+    def leave(self, module: nn.Module, args: Any, output: Any) -> None:
+        """A hook after it."""
+        self._depth -= 1
+        if self._depth == 0:
+            self._empty()
+
+    @contextmanager
+    def filled(self, parts: Sequence[Tensor]) -> Iterator[None]:
+        """Within it, the modules compute with what is gathered of these, which have the values of ``parts``."""
+        self._fill(parts)
+        try:
+            yield
+        finally:
+            self._empty()
+
+    def _fill(self, parts: Sequence[Tensor]) -> None:
+        gathered = _Whole.apply(self._placing, *parts)  # type: ignore[no-untyped-call]
+        whole = dict(zip(self.parts, gathered, strict=True))
         for owner, name, parameter in self._places:
             owner._parameters[name] = whole[parameter]
 
-    def leave(self, module: nn.Module, args: Any, output: Any) -> None:
-        self._depth -= 1
-        if self._depth == 0:
-            for owner, name, parameter in self._places:
-                owner._parameters[name] = parameter
+    def _empty(self) -> None:
+        for owner, name, parameter in self._places:
+            owner._parameters[name] = parameter
 
 
 def gather_in_units(module: nn.Module, units: Units | None, placing: Placing) -> Callable[[], None]:
@@ -93,7 +124,7 @@ def gather_in_units(module: nn.Module, units: Units | None, placing: Placing) ->
     handles = []
     for root, parts in owners.items():
         if any(parameter is not None for part in parts for parameter in part._parameters.values()):
-            unit = _Unit(placing, parts)
+            unit = Unit(placing, parts)
             handles.append(root.register_forward_pre_hook(unit.enter, prepend=True))
             handles.append(root.register_forward_hook(unit.leave, always_call=True))
 

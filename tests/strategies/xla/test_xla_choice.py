@@ -7,6 +7,7 @@ from typing import Any
 
 import lightning.pytorch as pl
 import pytest
+import torch
 from lightning.fabric import Fabric
 from lightning.fabric.accelerators import ACCELERATOR_REGISTRY
 from lightning.fabric.plugins import precision as fabric_precision
@@ -15,6 +16,7 @@ from lightning.pytorch.accelerators import AcceleratorRegistry, CPUAccelerator
 from lightning.pytorch.plugins.precision import DoublePrecision, HalfPrecision, MixedPrecision, Precision, XLAPrecision
 from lightning.pytorch.strategies import StrategyRegistry
 
+from lightning_accel.core import GradScaler
 from lightning_accel.core.placement import ROWS
 from lightning_accel.plugins.xla_precision import suitable
 from lightning_accel.strategies import AccelFSDPStrategy, AccelXLAStrategy, fabric
@@ -104,6 +106,9 @@ def test_options_that_do_not_exist(kind: Any) -> None:
         kind("full")
     with pytest.raises(ValueError, match="Expected shard_size with sharding='fsdp_hybrid' only, got 2 with 'fsdp'"):
         kind("fsdp", shard_size=2)
+    for wrong in ("blocks", [], None):
+        with pytest.raises(ValueError, match="Expected activation_checkpointing to be True, False or a list"):
+            AccelXLAStrategy(activation_checkpointing=wrong)  # type: ignore[arg-type]
     with pytest.raises(TypeError, match="'shards_size' is unknown. Did you mean 'shard_size'"):
         kind("fsdp_hybrid", shards_size=2)
 
@@ -115,22 +120,37 @@ def test_precisions() -> None:
     mixed = suitable(MixedPrecision("bf16-mixed", device="cuda"))
     assert isinstance(mixed, MixedPrecision)
     assert mixed.device == "xla"
+    assert mixed.scaler is None
     found = fabric.AccelXLAStrategy(precision=fabric_precision.MixedPrecision("bf16-mixed", device="cuda")).precision
     assert type(found) is fabric_precision.MixedPrecision
     assert found.device == "xla"
 
 
-@pytest.mark.parametrize(
-    "plugin", [DoublePrecision(), HalfPrecision("16-true"), MixedPrecision("16-mixed", device="cpu")]
-)
+def test_the_scaler_of_float16() -> None:
+    made = suitable(MixedPrecision("16-mixed", device="cpu", scaler=torch.amp.GradScaler("cpu", init_scale=8.0)))
+    assert isinstance(made, MixedPrecision)
+    assert isinstance(made.scaler, GradScaler)
+    assert made.scaler.get_scale() == 8.0
+    given = GradScaler(rule="deepspeed")
+    strategy = AccelXLAStrategy(grad_scaler=given, precision_plugin=MixedPrecision("16-mixed", device="xla"))
+    assert strategy.grad_scaler is given
+    assert AccelXLAStrategy().grad_scaler is None
+    with pytest.raises(ValueError, match="Expected precision='16-mixed' or 'bf16-mixed' together with grad_scaler"):
+        AccelXLAStrategy(grad_scaler=given, precision_plugin=Precision())
+    with pytest.raises(ValueError, match=r"a gradient scaler that is enabled.*got torch\.amp\.grad_scaler\.GradScaler"):
+        suitable(MixedPrecision("16-mixed", device="cpu", scaler=torch.amp.GradScaler("cpu", enabled=False)))
+
+
+@pytest.mark.parametrize("plugin", [DoublePrecision(), HalfPrecision("16-true")])
 def test_precisions_that_are_not_offered(plugin: Precision) -> None:
-    with pytest.raises(ValueError, match="Expected precision to be '32-true', 'bf16-mixed' or 'bf16-true'"):
+    with pytest.raises(ValueError, match="Expected precision to be '32-true', '16-mixed', 'bf16-mixed' or"):
         AccelXLAStrategy(precision_plugin=plugin)
 
 
 def test_precisions_that_fabric_is_not_offered() -> None:
-    for plugin in (fabric_precision.DoublePrecision(), fabric_precision.HalfPrecision("16-true")):
-        with pytest.raises(ValueError, match=r"with accel_xla, got '(64|16)-true'"):
+    mixed = fabric_precision.MixedPrecision("16-mixed", device="cpu")
+    for plugin in (fabric_precision.DoublePrecision(), fabric_precision.HalfPrecision("16-true"), mixed):
+        with pytest.raises(ValueError, match=r"'32-true', 'bf16-mixed' or 'bf16-true' with accel_xla, got '(64|16)-"):
             fabric.AccelXLAStrategy(precision=plugin)
 
 
