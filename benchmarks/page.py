@@ -21,7 +21,7 @@ def write(out: Path, name: str, text: str, rounds: Mapping[str, Any], header: Ma
         out: The folder; it is made.
         name: Of the module in ``benchmarks``.
         text: The table, as printed.
-        rounds: By what was measured, its figures of all rounds.
+        rounds: By what was measured, its figures of all rounds, and what else is to be kept.
         header: What ``describe`` has said before the rounds. Default: what it says now.
     """
     header = header or describe(f"benchmarks.{name}")

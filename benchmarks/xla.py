@@ -8,19 +8,17 @@ has users write it, ``torch_xla_fsdp`` its ``SpmdFullyShardedDataParallel``.
 
 import argparse
 import functools
-import json
 import os
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass, field
-from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from benchmarks import environment
+from benchmarks import environment, page
 from benchmarks.config import Config
 from benchmarks.models import MODELS, Batches, build_model
 from benchmarks.models.gpt import Block
@@ -257,17 +255,17 @@ def report(found: dict[str, Figures], situation: str) -> str:
     return "\n".join(lines)
 
 
-def records(found: dict[str, Figures], header: dict[str, Any]) -> Iterator[str]:
-    """A line about the run, then one for each contestant, as JSON."""
-    yield json.dumps({"kind": "run", **header})
+def records(found: dict[str, Figures]) -> dict[str, Any]:
+    """All that was measured, by contestant."""
+    made: dict[str, Any] = {}
     for name, figures in found.items():
         told = {other: spread and asdict(spread) for other, spread in comparisons(found, name).items()}
-        fields = {"status": figures.problem or "valid", "ratios": told, **asdict(figures)}
-        yield json.dumps({"kind": "contestant", "name": name, **fields})
+        made[name] = {"status": figures.problem or "valid", "ratios": told, **asdict(figures)}
+    return made
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Print the table, and write the records where that is asked for."""
+    """Print the table, and write it with all rounds where that is asked for."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks.xla", description=__doc__.splitlines()[0])
     add = parser.add_argument
     add(
@@ -284,7 +282,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     )
     add("--rounds", type=int, default=15, metavar="N", help="timed visits to each (default: %(default)s)")
     add("--steps", type=int, default=8, metavar="N", help="timed steps of a visit (default: %(default)s)")
-    add("--out", type=Path, metavar="FILE", help="where to write the records, as JSON lines")
+    page.add_out(parser)
     chosen = parser.parse_args(arguments)
     names = chosen.only.split(",")
     if unknown := set(names).difference(MAKERS):
@@ -302,7 +300,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     )
     print(report(found, situation))
     if chosen.out is not None:
-        chosen.out.write_text("".join(f"{line}\n" for line in records(found, header)))
+        page.write(chosen.out, "xla", report(found, situation), records(found), header)
     return int(any(figures.problem for figures in found.values()))
 
 

@@ -55,15 +55,17 @@ def test_all_contestants_train_and_agree(
 ) -> None:
     nano = GPTTask(vocabulary=64, dim=16, layers=2, heads=2, sequence=8, micro_batch=1)
     monkeypatch.setitem(MODELS, "gpt-nano", nano)
-    assert xla.main(["--model", "gpt-nano", "--rounds", "1", "--steps", "2", "--out", str(tmp_path / "out")]) == 0
+    assert xla.main(["--model", "gpt-nano", "--rounds", "1", "--steps", "2", "--out", str(tmp_path)]) == 0
     names = ["hand_ddp", "hand_zero", "hand_fsdp", "torch_xla_fsdp"]
     names += ["accel_ddp", "accel_zero1", "accel_zero2", "accel_fsdp"]
     assert [line.split()[0] for line in capsys.readouterr().out.splitlines()[3:]] == names
-    run, *contestants = map(json.loads, (tmp_path / "out").read_text().splitlines())
+    run, *contestants = map(json.loads, (tmp_path / "xla.jsonl").read_text().splitlines())
     assert run["versions"]["torch_xla"]
     assert run["machine"]["processor"]
-    assert {one["name"]: one["status"] for one in contestants} == dict.fromkeys(names, "valid")
-    assert all(len(one["losses"]) == 7 for one in contestants)
-    at_rest = {one["name"]: one["bytes_on_one"] for one in contestants}
+    assert "accel_fsdp" in (tmp_path / "xla.md").read_text()
+    found = {one["name"]: one["rounds"] for one in contestants}
+    assert {name: one["status"] for name, one in found.items()} == dict.fromkeys(names, "valid")
+    assert all(len(one["losses"]) == 7 for one in found.values())
+    at_rest = {name: one["bytes_on_one"] for name, one in found.items()}
     for ours, theirs in (*xla.PEERS.items(), ("accel_fsdp", xla.WRAPPER)):
         assert at_rest[ours] == at_rest[theirs], "the same placement"
