@@ -29,6 +29,7 @@ from torch.optim import Optimizer
 from typing_extensions import override
 
 from lightning_accel.core import GradScaler
+from lightning_accel.core.grad_scaler import Surroundings
 from lightning_accel.core.partition import Units
 from lightning_accel.core.xla import XLAEngine
 from lightning_accel.core.xla.scaling import OnDevices
@@ -325,6 +326,8 @@ class AccelXLAStrategy(OneProgram, ParallelStrategy):
     def teardown(self) -> None:
         if self.engine is not None and not self.engine.is_closed:
             self.engine.bring_home()
+        if self.grad_scaler is not None:  # it may be the user's, for another strategy next
+            self.grad_scaler.surroundings = Surroundings()
         super().teardown()
 
     @classmethod
