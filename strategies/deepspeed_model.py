@@ -48,6 +48,7 @@ class LentModel:
                 parameter.data = values[parameter].to(dtype)
         for name, buffer in self._module.named_buffers():
             buffer.data = buffer.data.to(self._buffers.get(name, buffer.dtype))
+        _be_forgotten(self._module)
 
     @torch.no_grad()
     def _whole_values(self) -> dict[nn.Parameter, Tensor]:
@@ -67,3 +68,17 @@ class LentModel:
             else:
                 values[parameter] = master.view(getattr(parameter, "ds_shape", parameter.shape)).clone()
         return values
+
+
+def _be_forgotten(model: nn.Module) -> None:
+    """Take a model out of what stage 3 keeps for the life of the process: a LightningModule has its Trainer with it."""
+    from deepspeed.runtime.zero import parameter_offload
+    from deepspeed.runtime.zero.partitioned_param_coordinator import PartitionedParameterCoordinator
+
+    modules = set(model.modules())
+    stack = getattr(parameter_offload, "FWD_MODULE_STACK", [])
+    stack[:] = [module for module in stack if module not in modules]
+    for method in vars(PartitionedParameterCoordinator).values():
+        for cell in getattr(method, "__closure__", None) or ():  # its caches are within a decorator
+            if hasattr(cell.cell_contents, "cache_clear"):
+                cell.cell_contents.cache_clear()  # an engine that is still at work fills it again

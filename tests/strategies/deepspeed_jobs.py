@@ -5,8 +5,10 @@ Models are float32, as DeepSpeed's master values are.
 
 from __future__ import annotations
 
+import gc
 import importlib
 import os
+import weakref
 from typing import Any
 
 import lightning.pytorch as pl
@@ -300,6 +302,18 @@ def stopped_and_continued(stage: int, folder: str) -> dict[str, Any]:
     return found
 
 
+def left_behind(stage: int) -> int:
+    """How many of a Trainer and its models are there when nobody holds them any more."""
+    from lightning_accel.strategies import AccelDeepSpeedStrategy
+
+    used, module = trainer(AccelDeepSpeedStrategy(stage=stage), max_steps=3), Float32()
+    left = [weakref.ref(used), weakref.ref(module), weakref.ref(module.net)]
+    used.fit(module, data())
+    del used, module
+    gc.collect()
+    return sum(reference() is not None for reference in left)
+
+
 def everything(folder: str) -> dict[str, Any]:
     from lightning_accel.strategies import AccelDeepSpeedStrategy, AccelZeROStrategy
 
@@ -309,6 +323,7 @@ def everything(folder: str) -> dict[str, Any]:
         found[f"stage {stage}"] = fitted(Float32(), AccelDeepSpeedStrategy(stage=stage))
         found[f"by hand {stage}"] = by_hand(AccelDeepSpeedStrategy(stage=stage))
         found[f"saved {stage}"] = stopped_and_continued(stage, folder)
+        found[f"left {stage}"] = left_behind(stage)
     found["counts"] = counts()
     for kind in (AccelDeepSpeedStrategy, AccelZeROStrategy):
         for module in (FromFile, FromFileWithSchedule):

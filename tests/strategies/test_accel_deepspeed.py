@@ -106,6 +106,11 @@ def test_checkpoints(found: Told, alone: dict[str, Any], stage: int) -> None:
     assert_same(mean([one["by zero2"] for one in told])[:4], whole[15:19])
 
 
+@pytest.mark.parametrize("stage", jobs.STAGES)
+def test_a_fit_leaves_nothing_behind(found: Told, stage: int) -> None:
+    assert [rank[f"left {stage}"] for rank in found] == [0, 0]
+
+
 def test_what_cannot_be_is_refused(found: Told) -> None:
     said = {
         "accumulation": "accumulate_grad_batches=4",
