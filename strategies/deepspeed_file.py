@@ -36,6 +36,7 @@ from lightning_accel.deepspeed_config import (
     bucket_cap_mb,
     fill,
     grad_scaler,
+    rates_of,
     says_fp32,
 )
 from lightning_accel.deepspeed_config.keys import KEYS
@@ -364,8 +365,7 @@ class FromFile:
         """The file's schedule, for an optimizer."""
         from lightning_accel.deepspeed_config.making import make_scheduler
 
-        lr = optimizer.param_groups[0].get("lr")
-        known = replace(self._known_of(module), lr=None if lr is None else float(lr))
+        known = replace(self._known_of(module), rates=rates_of(optimizer))
         self.config = fill(self.config, known, "scheduler.")
         return make_scheduler(self.config, optimizer)
 

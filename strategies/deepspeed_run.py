@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.optim import LBFGS, Optimizer
+from torch.optim import LBFGS, Adagrad, Optimizer
 
 from lightning_accel.convert.deepspeed_files import DeepSpeedFiles, read_deepspeed
 from lightning_accel.core.checkpoint.folder import Folder
@@ -59,6 +59,7 @@ class RunningEngine:
             config=dict(told),
             dist_init_required=False,
         )
+        _step_what_schedules_know(self.engine)
 
     @property
     def optimizer(self) -> Optimizer:
@@ -151,6 +152,22 @@ class RunningEngine:
             yield
         finally:
             self.is_at_work = False
+
+
+def _step_what_schedules_know(engine: Any) -> None:
+    """Have ZeRO step the Adagrad that it was given.
+
+    It makes another one, as the constructor makes the state: of one group with the first one's defaults, where neither
+    a schedule nor the settings of a group arrive.
+    """
+    given, zero = engine.basic_optimizer, engine.optimizer
+    made = getattr(zero, "optimizer", given)
+    if isinstance(given, Adagrad) and made is not given:
+        given.state = made.state
+        zero.optimizer = given
+        if hasattr(zero, "_param_slice_mappings"):  # stages 1 and 2 have gone through the groups already
+            zero._link_all_hp_params()
+            zero._param_slice_mappings = zero._create_param_mapping()
 
 
 def require_trainable(module: nn.Module, optimizer: Any) -> None:

@@ -7,7 +7,7 @@ here. ``docs/from-deepspeed.md`` has every key.
 
 from lightning_accel.deepspeed_config.batches import Batches
 from lightning_accel.deepspeed_config.config import DeepSpeedConfig
-from lightning_accel.deepspeed_config.filling import Known, fill
+from lightning_accel.deepspeed_config.filling import Known, fill, rates_of
 from lightning_accel.deepspeed_config.meaning import Computing, Meaning, bucket_cap_mb, grad_scaler, says_fp32
 
 __all__ = [
@@ -19,5 +19,6 @@ __all__ = [
     "bucket_cap_mb",
     "fill",
     "grad_scaler",
+    "rates_of",
     "says_fp32",
 ]

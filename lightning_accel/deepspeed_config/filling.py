@@ -4,9 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from lightning_accel.deepspeed_config.config import DeepSpeedConfig
+
+if TYPE_CHECKING:
+    from torch.optim import Optimizer
 
 _Z = "zero_optimization"
 
@@ -32,6 +35,8 @@ class Known:
     momentum: float | None = None
     warmup_steps: int | None = None
     """Optimizer steps in which the learning rate rises."""
+    rates: float | list[float] | None = None
+    """Of the optimizer that a schedule is for, whoever has made it: see ``rates_of``."""
     total_steps: int | None = None
     """Optimizer steps of the whole training."""
     hidden_size: int | None = None
@@ -59,7 +64,7 @@ _FILLED: dict[str, tuple[Callable[[Known], Any], str]] = {
     "optimizer.params.eps": (lambda known: known.eps, "eps of the module or its hparams"),
     "optimizer.params.momentum": (lambda known: known.momentum, "momentum of the module or its hparams"),
     "scheduler.params.warmup_min_lr": (lambda known: 0.0, "nothing"),
-    "scheduler.params.warmup_max_lr": (lambda known: known.lr, "the optimizer's lr"),
+    "scheduler.params.warmup_max_lr": (lambda known: known.rates, "the optimizer's lr"),
     "scheduler.params.warmup_num_steps": (
         lambda known: known.warmup_steps,
         "warmup_steps or warmup_num_steps of the module or its hparams",
@@ -71,6 +76,14 @@ _FILLED: dict[str, tuple[Callable[[Known], Any], str]] = {
     f"{_Z}.prefetch_bucket_size": (_hidden(0.9), "hidden_size of the model's config"),
 }
 """By key: its value, and who says it. Bucket sizes are those that Accelerate takes."""
+
+
+def rates_of(optimizer: Optimizer) -> float | list[float] | None:
+    """The learning rate of an optimizer, for ``Known.rates``: a list if those of its groups differ."""
+    rates = [float(group["lr"]) for group in optimizer.param_groups if "lr" in group]
+    if len(rates) < len(optimizer.param_groups):
+        return None
+    return rates if len({*rates}) > 1 else rates[0]
 
 
 def fill(config: DeepSpeedConfig, known: Known, names: str | tuple[str, ...] | None = None) -> DeepSpeedConfig:
@@ -99,8 +112,8 @@ def fill(config: DeepSpeedConfig, known: Known, names: str | tuple[str, ...] | N
         elif name in _FILLED:
             rule, source = _FILLED[name]
             value = rule(known)
-            if name == "scheduler.params.warmup_max_lr" and lr is not None:
-                value = lr
+            if value is None and name == "scheduler.params.warmup_max_lr":
+                value = known.lr if lr is None else lr
         if value is None:
             missing.append(f"{name} ({source})")
         else:

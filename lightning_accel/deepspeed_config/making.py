@@ -47,7 +47,12 @@ def make_optimizer(config: DeepSpeedConfig, parameters: Iterable[tuple[str, nn.P
         make, settings = _MAKERS[kind](settings, trained, config.where, given=config.params("optimizer"))
     else:
         make = getattr(torch.optim, name)
-    return make([parameter for _, parameter in trained], **settings)
+    try:
+        return make([parameter for _, parameter in trained], **settings)
+    except (TypeError, ValueError) as error:  # of torch, which checks some of its settings by comparing them
+        raise ValueError(
+            f"Expected optimizer.params in {config.where} that {name} accepts, got {settings}: {error}"
+        ) from error
 
 
 _Made = tuple[Callable[..., Optimizer], dict[str, Any]]

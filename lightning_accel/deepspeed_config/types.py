@@ -34,6 +34,7 @@ _BETAS = _is("betas", BETAS, (0.9, 0.999))
 _EPS = _is("eps", number(), 1e-8)
 _CORRECTED = _is("bias_correction", only(True, "moments are always corrected for their bias"), True)
 _AMSGRAD = _is("amsgrad", only(False, "DeepSpeed's own refuses it, too"), False)
+_STATE = _idle("state is of the master values' dtype", "fp32_optimizer_states")
 _GRADS = _idle("gradients rest in flat buffers", "set_grad_none")
 
 _ADAM = {
@@ -47,7 +48,7 @@ _ADAM = {
     **_is("adam_w_mode", FLAG, True),
     **_GRADS,
     **_idle("the engine chooses what the step runs on", "foreach", "fused"),
-    **_idle("state is of the master values' dtype", "fp32_optimizer_states"),
+    **_STATE,
 }
 
 OPTIMIZERS: dict[str, dict[str, Key]] = {
@@ -65,7 +66,7 @@ OPTIMIZERS: dict[str, dict[str, Key]] = {
         **_is("min_coeff", number(), 0.01),
         **_AMSGRAD,
     },
-    "lion": {**_LR, **_BETAS, **_DECAY, **_GRADS},
+    "lion": {**_LR, **_BETAS, **_DECAY, **_GRADS, **_STATE},
     "adagrad": {
         **_is("lr", number(), 1e-2),
         **_is("lr_decay", number(), 0.0),
@@ -73,6 +74,7 @@ OPTIMIZERS: dict[str, dict[str, Key]] = {
         **_is("initial_accumulator_value", number(), 0.0),
         **_is("eps", number(), 1e-10),
         **_is("amsgrad", only(False, "Adagrad has none"), False),
+        **_STATE,
     },
     "sgd": {
         **_LR,
@@ -98,6 +100,8 @@ OPTIMIZERS: dict[str, dict[str, Key]] = {
     },
 }
 """By DeepSpeed's name in small letters: the parameters of each."""
+for _parameters in OPTIMIZERS.values():
+    _parameters.setdefault("max_grad_norm", Key(Kind.REMOVED, "say gradient_clipping"))
 
 NOT_OFFERED = dict.fromkeys(
     ("muadam", "muadamw", "musgd"), "it is of the package mup; return it from configure_optimizers"

@@ -16,7 +16,7 @@ from torch import nn
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 
-from lightning_accel.deepspeed_config import Computing, Known, fill, making
+from lightning_accel.deepspeed_config import Computing, Known, fill, making, rates_of
 from lightning_accel.deepspeed_config.keys import KEYS
 
 if TYPE_CHECKING:
@@ -91,10 +91,9 @@ class LoopFile:
 
     def make_scheduler(self, optimizer: Optimizer, total_steps: int | None, warmup_steps: int | None) -> LRScheduler:
         """The file's schedule, see ``Accelerator.make_scheduler``."""
-        lr = optimizer.param_groups[0].get("lr")
         known = Known(
             ranks=self._ranks,
-            lr=None if lr is None else float(lr),
+            rates=rates_of(optimizer),
             total_steps=total_steps,
             warmup_steps=warmup_steps,
         )

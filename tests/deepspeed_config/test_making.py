@@ -81,6 +81,25 @@ def test_what_is_not_trained_is_passed_over() -> None:
         make("Adam", module)
 
 
+def test_what_torch_does_not_accept_is_an_error_with_the_files_name() -> None:
+    with pytest.raises(ValueError, match=r"Expected optimizer.params in config that RMSprop accepts, got .*alpha"):
+        make("RMSprop", alpha="x")
+    with pytest.raises(ValueError, match=r"Expected optimizer.params in config that SGD accepts.*Nesterov"):
+        make("SGD", nesterov=True)
+
+
+@pytest.mark.parametrize("kind", ["Adam", "Lion", "SGD", "Muon"])
+def test_who_clips_by_the_optimizer_is_told_where_to_say_it(kind: str) -> None:
+    with pytest.raises(ValueError, match=r"optimizer.params.max_grad_norm \(say gradient_clipping\)"):
+        make(kind, max_grad_norm=1.0)
+
+
+@pytest.mark.parametrize("kind", ["Adam", "Lion", "Adagrad"])
+def test_the_dtype_of_an_offloaded_state_is_no_unknown_key(kind: str) -> None:
+    config = DeepSpeedConfig.read({"optimizer": {"type": kind, "params": {"fp32_optimizer_states": True}}})
+    assert "optimizer.params.fp32_optimizer_states: state is of the master" in (config.describe_left_out() or "")
+
+
 def test_nothing_in_the_file() -> None:
     config = DeepSpeedConfig.read({})
     assert make_optimizer(config, nn.Linear(1, 1).named_parameters()) is None

@@ -141,6 +141,30 @@ class FromFileWithSchedule(Float32):
         return torch.optim.AdamW(self.parameters(), lr=0.02, weight_decay=0.1)
 
 
+class Adagrads(Float32):
+    """Its optimizer has state from the beginning; groups and a schedule must reach it."""
+
+    def configure_optimizers(self) -> Any:
+        weights = [one for one in self.parameters() if one.dim() > 1]
+        biases = [one for one in self.parameters() if one.dim() == 1]
+        groups = [{"params": weights, "lr": 0.2}, {"params": biases}]
+        optimizer = torch.optim.Adagrad(groups, lr=0.02)
+        scheduler = torch.optim.lr_scheduler.ExponentialLR(optimizer, 0.8)
+        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
+
+
+def by_adagrad(stage: int, folder: str) -> dict[str, Any]:
+    """Losses in one go, and after a checkpoint at step 9."""
+    from lightning_accel.strategies import AccelDeepSpeedStrategy
+
+    place = f"{folder}/adagrad {stage}"
+    keeper = pl.callbacks.ModelCheckpoint(place, "{step}", every_n_epochs=1, save_top_k=-1)
+    found = fitted(Adagrads(), AccelDeepSpeedStrategy(stage=stage), enable_checkpointing=True, callbacks=[keeper])
+    module = Adagrads()
+    trainer(AccelDeepSpeedStrategy(stage=stage)).fit(module, data(), ckpt_path=f"{place}/step=9.ckpt")
+    return {**found, "continued": module.losses}
+
+
 def by_file(kind: type[Any], module: type[Float32]) -> list[float]:
     unsaid = {"accumulate_grad_batches": 1, "gradient_clip_val": None, "limit_train_batches": 4}
     return fitted(module(), kind(config=FILE), **unsaid)["losses"]
@@ -323,6 +347,7 @@ def everything(folder: str) -> dict[str, Any]:
         found[f"stage {stage}"] = fitted(Float32(), AccelDeepSpeedStrategy(stage=stage))
         found[f"by hand {stage}"] = by_hand(AccelDeepSpeedStrategy(stage=stage))
         found[f"saved {stage}"] = stopped_and_continued(stage, folder)
+        found[f"adagrad {stage}"] = by_adagrad(stage, folder)
         found[f"left {stage}"] = left_behind(stage)
     found["counts"] = counts()
     for kind in (AccelDeepSpeedStrategy, AccelZeROStrategy):

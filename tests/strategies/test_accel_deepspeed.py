@@ -56,6 +56,14 @@ def test_manual_optimization(found: Told, stage: int) -> None:
     assert told[0]["steps"] == expected["steps"] == jobs.STEPS
 
 
+@pytest.mark.parametrize("stage", jobs.STAGES)
+def test_groups_and_schedules_reach_adagrad(found: Told, stage: int) -> None:
+    expected = jobs.fitted(jobs.Adagrads(), "auto")["losses"]
+    told = [rank[f"adagrad {stage}"] for rank in found]
+    assert_same(mean([one["losses"] for one in told]), expected)
+    assert_same(mean([one["continued"] for one in told]), expected[-len(told[0]["continued"]) :])
+
+
 @pytest.mark.parametrize("module", ["FromFile", "FromFileWithSchedule"])
 def test_a_file_means_what_it_means_to_our_engine(found: Told, module: str) -> None:
     theirs, ours = (

@@ -199,6 +199,35 @@ def test_the_schedule_steps_with_the_optimizer_of_the_module(ranks2: Ranks) -> N
         assert settings == {"total_num_steps": 4, "warmup_max_lr": 0.08, "warmup_num_steps": 2}
 
 
+class Grouped(Given):
+    """Weights and biases have rates of their own."""
+
+    def configure_optimizers(self) -> Any:
+        kind, settings = self.own
+        weights = [one for one in self.parameters() if one.dim() > 1]
+        biases = [one for one in self.parameters() if one.dim() == 1]
+        return kind([{"params": weights, "lr": 0.32}, {"params": biases}], **settings)
+
+
+def fit_auto(module: type[Given], config: dict[str, Any]) -> Any:
+    used = module(torch.optim.SGD, lr=0.08)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # of the file's optimizer
+        fit(config, used)
+    return used.trainer.lr_scheduler_configs[0].scheduler.max_lrs
+
+
+@pytest.mark.parametrize(("module", "highest"), [(Given, [0.08]), (Grouped, [0.32, 0.08])])
+def test_an_auto_schedule_rises_to_the_rates_of_the_optimizer_that_is_used(
+    ranks2: Ranks, module: type[Given], highest: list[float]
+) -> None:
+    config = {
+        "optimizer": {"type": "SGD", "params": {"lr": 0.002}},
+        "scheduler": {"type": "WarmupLR", "params": {"warmup_max_lr": "auto", "warmup_num_steps": 2}},
+    }
+    assert ranks2.run(fit_auto, module, config) == [highest] * 2
+
+
 class ByHand(Given):
     """Optimizes by hand, and leaves accumulation out."""
 
