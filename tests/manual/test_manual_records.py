@@ -59,6 +59,23 @@ def test_models_are_saved_from_any_row(ranks2: Ranks, row: str, tmp_path: Path) 
     assert same
 
 
+def warned_of(row: str, folder: str) -> list[str]:
+    accelerator = Accelerator(strategy=row, mixed_precision="bf16", cpu=True)
+    model = accelerator.prepare(nn.Linear(8, 8))
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        state = accelerator.get_state_dict(model)
+        accelerator.save_model(model, f"{folder}/model")
+        accelerator.save_state(f"{folder}/state")
+    assert all(value.dtype == torch.float32 for value in state.values())
+    return [str(warning.message) for warning in caught if "rounded" in str(warning.message)]
+
+
+@pytest.mark.parametrize("row", everyday(["zero1", "zero2", "fsdp"]))
+def test_precise_values_are_saved_without_a_word(ranks2: Ranks, row: str, tmp_path: Path) -> None:
+    assert ranks2.run(warned_of, row, str(tmp_path)) == [[], []]
+
+
 def saved_twice(folder: str) -> list[str]:
     accelerator = Accelerator(cpu=True)
     model = accelerator.prepare(Net())
