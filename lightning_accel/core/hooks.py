@@ -74,9 +74,11 @@ def _before_forward(reference: weakref.ref[Engine], *_: Any) -> None:
         engine.before_forward()
 
 
-def _warn_of_rounded(reference: weakref.ref[Engine], *_: Any) -> None:
+def _warn_of_rounded(reference: weakref.ref[Engine], _: nn.Module, prefix: str, keep_vars: bool) -> None:
     engine = reference()
-    if engine is not None and any(u.memory.has_master and not u.memory.shows_master for u in engine.units):
+    if engine is None or keep_vars:  # who asks for the parameters themselves, as the checkpoints do, has their names
+        return
+    if any(u.memory.has_master and any(p.dtype != u.memory.master_dtype for p in u.parameters) for u in engine.units):
         warnings.warn(
             "state_dict() has the values that mixed precision computes with, rounded to 16 bits. To save precise ones"
             " call it, on every rank, within `with engine.full_parameters():` (the engine is trainer.strategy.engine,"

@@ -176,6 +176,13 @@ class EngineOptimizer:
                 "Expected an optimizer that can update parameters independently of each other, got LBFGS, which needs"
                 " all of them at once. Use strategy='accel_ddp'."
             )
+        if callable(getattr(kind, "train", None)) and callable(getattr(kind, "eval", None)):
+            # Schedule-free ones turn parameters into their averages there, by a state that no parameter has here.
+            raise ValueError(
+                f"Expected an optimizer that changes parameters in step() only, got {kind.__name__}, which has train()"
+                " and eval() for that: outside of step() they would find no state, and change nothing. Use"
+                " strategy='accel_ddp'."
+            )
         if self._is_unknown:
             warnings.warn(
                 f"{kind.__name__} is not known to lightning_accel: each rank updates its share of whole parameters."

@@ -277,6 +277,11 @@ class ShardedLoader(LoaderView):
         self._feed.even_batches = even
 
     @property
+    def goes_on(self) -> bool:
+        """Whether the next iteration goes on within an epoch, from a state that was loaded."""
+        return self._loaded is not None
+
+    @property
     def is_shadow(self) -> bool:
         """Whether this rank has run out in a joined loop: the batch counts nothing. See ``join_uneven_inputs``."""
         return self.joining is not None and self.joining.is_shadow
@@ -301,6 +306,11 @@ class ShardedLoader(LoaderView):
 class SkippedLoader(LoaderView):
     """A loader whose next iteration leaves the first batches out, and further ones do not.
 
+    [Note: none to skip]
+    Loops for Accelerate compute where they go on: ``epoch, batch = divmod(step, len(loader))``. After an epoch's last
+    batch that is the next epoch, without a batch to skip; a state that was saved there has nothing left of its epoch.
+    So who skips 0 batches has the next epoch then, not a loop without a batch: an epoch would be missing in the end.
+
     Args:
         loader: The loader.
         batches: How many.
@@ -310,6 +320,7 @@ class SkippedLoader(LoaderView):
     def __init__(self, loader: DataLoader[Any], batches: int) -> None:
         super().__init__(loader)
         self.left_out = batches
+        self._is_new = True
 
     @override
     def __len__(self) -> int:
@@ -319,5 +330,18 @@ class SkippedLoader(LoaderView):
     @override
     def __iter__(self) -> Iterator[Any]:  # type: ignore[override]
         skipped, self.left_out = self.left_out, 0
+        is_new, self._is_new = self._is_new, False
         assert isinstance(self.viewed, ShardedLoader)
+        if is_new and not skipped and self.viewed.goes_on:
+            return _rest_or_next(self.viewed)
         return self.viewed.after(skipped)
+
+
+def _rest_or_next(loader: ShardedLoader) -> Iterator[Any]:
+    """What a loaded state has left of its epoch; if that is nothing, the next one. See [Note: none to skip]."""
+    is_over = True
+    for batch in loader.after(0):
+        is_over = False
+        yield batch
+    if is_over:
+        yield from loader.after(0)

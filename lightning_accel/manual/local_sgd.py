@@ -156,7 +156,7 @@ class LocalSGD:
                 value = state[name]
                 counts = [entries[name] for entries in told]
                 if counts[0] is None:
-                    if value.is_floating_point() and value.shape == parameter.shape:
+                    if value.is_floating_point():  # of the parameter's shape or not: Adafactor has rows and columns
                         _mean(value)
                 elif isinstance(value, Tensor):
                     value.fill_(max(counts))

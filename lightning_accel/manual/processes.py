@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import builtins
 import functools
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any, TypeVar, overload
 
@@ -196,11 +196,18 @@ class Processes:
 
         Raises:
             ValueError: As ``gather``.
+            TypeError: If objects come in a dictionary or a tuple, whose entries are no samples.
 
         """
         tensors: list[bool] = []
         map_leaves(input_data, lambda _, leaf: tensors.append(isinstance(leaf, torch.Tensor)))
         as_objects = use_gather_object or not all(tensors)
+        if as_objects and isinstance(input_data, (Mapping, tuple)):  # nobody could leave the duplicates out
+            raise TypeError(
+                "Expected tensors, or a list of one object for each sample, to gather for metrics, got a"
+                f" {type(input_data).__name__} with other things than tensors. Gather its entries one by one:"
+                " accelerator.gather_for_metrics(texts). One object of each process: accelerator.gather_object(...)."
+            )
         loader = self._loaders.active
         if loader is not None and loader.joining is not None:
             return self._peers.gather_uneven(None if loader.is_shadow else input_data, as_objects=as_objects)

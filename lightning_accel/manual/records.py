@@ -138,10 +138,14 @@ class Records(Processes):
 
         Raises:
             ValueError: If it is a part of a prepared model whose parameters rest sharded.
+            RuntimeError: If no rank has it whole, and not all of them come within ``patience_s``.
 
         """
         engine = self._find(model)
         if engine is not None:
+            inner = engine.engine
+            if inner.row.parameters is Rest.SHARDED or any(unit.memory.has_master for unit in inner.units):
+                self._states.meet("get_state_dict")
             return self._strategy.get_module_state_dict(engine)
         if any(part.row.parameters is Rest.SHARDED for part in engines_of(model)):
             raise ValueError(

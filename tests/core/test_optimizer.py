@@ -356,6 +356,17 @@ def group_of_another_module():
     optimizer.add_param_group({"params": build(Net).parameters()})
 
 
+class ScheduleFree(torch.optim.SGD):
+    def train(self) -> None: ...
+
+    def eval(self) -> None: ...
+
+
+def sharded_schedule_free() -> None:
+    started("ddp", ScheduleFree)
+    started("zero2", ScheduleFree)
+
+
 def sharded_lbfgs():
     started("zero1", torch.optim.LBFGS)
 
@@ -368,6 +379,7 @@ def sharded_lbfgs():
         (edited, "RuntimeError", "changed in place.*add_param_group"),
         (group_of_another_module, "ValueError", "belong to the Net that was set up"),
         (sharded_lbfgs, "ValueError", "LBFGS.*strategy='accel_ddp'"),
+        (sharded_schedule_free, "ValueError", "in step\\(\\) only, got ScheduleFree, .*strategy='accel_ddp'"),
     ],
 )
 def test_mistakes_have_clear_errors(ranks2, mistake, kind, message):

@@ -257,6 +257,26 @@ def test_skipping_what_a_state_has_skipped_already(kind: str) -> None:
             assert found == expected[max(done, skipped) :]
 
 
+@pytest.mark.parametrize("kind", ["shuffle", "own", "stateful", "stream", "workers"])
+def test_skipping_nothing_after_the_last_batch_of_an_epoch(kind: str) -> None:
+    """Loops for Accelerate count that as the next epoch, which has nothing to skip: it must not be without a batch."""
+    for rank in range(2):
+        uninterrupted = prepared(kind, rank, 2)
+        epochs = [rest(uninterrupted) for _ in range(3)]
+        first = prepared(kind, rank, 2)
+        iterator = iter(first)
+        for _ in epochs[0]:
+            next(iterator)
+        resumed = prepared(kind, rank, 2)
+        resumed.load_state_dict(through_a_file(first.state_dict()))
+        found = [torch.as_tensor(batch).tolist() for batch in skip_first_batches(resumed, 0)]
+        assert found == epochs[1]
+        assert rest(resumed) == epochs[2]
+        resumed.load_state_dict(through_a_file(first.state_dict()))
+        assert list(skip_first_batches(resumed, len(epochs[0]))) == []  # who counts from that epoch's start
+        assert rest(resumed) == epochs[1]
+
+
 def test_skipping_less_than_nothing() -> None:
     with pytest.raises(ValueError, match="got -1"):
         skip_first_batches(prepared("shuffle", 0, 2), -1)

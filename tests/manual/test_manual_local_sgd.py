@@ -158,3 +158,25 @@ def test_state_on_some_ranks_only(ranks2: Ranks, tmp_path: Path) -> None:
         for name, value in one.items():
             assert torch.equal(value, other[name]), name
     assert [float(state["step"]) for state in first] == [2, 1, 1, 2, 2]
+
+
+def with_state_of_other_shapes() -> list[Tensor]:
+    accelerator = Accelerator(cpu=True)
+    net = Net()
+    model, optimizer = accelerator.prepare(net, torch.optim.Adafactor(net.parameters(), lr=0.01))
+    with LocalSGD(accelerator, model, local_sgd_steps=1) as local_sgd:
+        x, y = batch_of(0, accelerator.process_index)
+        accelerator.backward(nn.functional.mse_loss(model(x), y))
+        optimizer.step()
+        optimizer.zero_grad()
+        local_sgd.step()
+    state = optimizer.state_dict()["state"]
+    return [value for index in sorted(state) for _, value in sorted(state[index].items())]
+
+
+def test_state_that_is_not_of_the_parameter_shape(ranks2: Ranks) -> None:
+    """Adafactor keeps rows and columns: ranks that kept different ones would not stay the same."""
+    first, second = ranks2.run(with_state_of_other_shapes)
+    assert {value.dim() for value in first} > {0, 1}
+    for one, other in zip(first, second, strict=True):
+        assert torch.equal(one, other)

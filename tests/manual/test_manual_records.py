@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import json
+import time
 import warnings
 from pathlib import Path
 from typing import Any
@@ -59,6 +60,44 @@ def test_models_are_saved_from_any_row(ranks2: Ranks, row: str, tmp_path: Path) 
     assert same
 
 
+def warned_of(row: str, folder: str) -> list[str]:
+    accelerator = Accelerator(strategy=row, mixed_precision="bf16", cpu=True)
+    model = accelerator.prepare(nn.Linear(8, 8))
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        state = accelerator.get_state_dict(model)
+        accelerator.save_model(model, f"{folder}/model")
+        accelerator.save_state(f"{folder}/state")
+    assert all(value.dtype == torch.float32 for value in state.values())
+    return [str(warning.message) for warning in caught if "rounded" in str(warning.message)]
+
+
+@pytest.mark.parametrize("row", everyday(["zero1", "zero2", "fsdp"]))
+def test_precise_values_are_saved_without_a_word(ranks2: Ranks, row: str, tmp_path: Path) -> None:
+    assert ranks2.run(warned_of, row, str(tmp_path)) == [[], []]
+
+
+def asked_alone(row: str, precision: str) -> str:
+    accelerator = Accelerator(strategy=row, mixed_precision=precision, cpu=True, patience_s=1.0)
+    net = nn.Linear(8, 8)
+    model, _ = accelerator.prepare(net, torch.optim.SGD(net.parameters()))
+    try:
+        if accelerator.is_main_process:
+            accelerator.get_state_dict(model)
+        else:
+            time.sleep(3)
+    except RuntimeError as error:
+        return str(error)
+    return ""
+
+
+@pytest.mark.parametrize(("row", "precision"), [("zero2", "bf16"), ("fsdp", "no")])
+def test_a_state_that_one_rank_alone_asks_for(ranks2: Ranks, row: str, precision: str) -> None:
+    message, _ = ranks2.run(asked_alone, row, precision)
+    assert "Expected every process to call get_state_dict" in message
+    assert "process 1 did not" in message
+
+
 def saved_twice(folder: str) -> list[str]:
     accelerator = Accelerator(cpu=True)
     model = accelerator.prepare(Net())
@@ -111,6 +150,29 @@ def joined_metrics() -> list[Any]:
 
 def test_metrics_of_uneven_inputs(ranks2: Ranks) -> None:
     assert ranks2.run(joined_metrics) == [[list(range(13))] * 2] * 2
+
+
+def mixed_metrics() -> list[str]:
+    accelerator = Accelerator(cpu=True)
+    loader = accelerator.prepare(DataLoader(range(7), batch_size=3))
+    messages = []
+    for batch in loader:
+        texts = [str(x) for x in batch.tolist()]
+        for mixed in ({"x": batch, "text": texts}, (batch, texts)):
+            try:
+                accelerator.gather_for_metrics(mixed)
+            except TypeError as error:
+                messages.append(str(error))
+    return messages
+
+
+def test_metrics_of_objects_in_a_structure_are_refused(ranks2: Ranks) -> None:
+    """The duplicates could not be left out of these."""
+    for messages in ranks2.run(mixed_metrics):
+        assert len(messages) == 4
+        assert "Expected tensors, or a list of one object for each sample" in messages[0]
+        assert "got a dict with other things than tensors" in messages[0]
+        assert "got a tuple" in messages[1]
 
 
 def logged(folder: str) -> str:
