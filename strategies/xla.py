@@ -29,18 +29,15 @@ from torch.optim import Optimizer
 from typing_extensions import override
 
 from lightning_accel.core import GradScaler
-from lightning_accel.core.grad_scaler import Surroundings
 from lightning_accel.core.partition import Units
 from lightning_accel.core.xla import XLAEngine
-from lightning_accel.core.xla.scaling import OnDevices
 from lightning_accel.plugins.xla_precision import suitable
 from lightning_accel.strategies.files import LEFT_IN_FILE, in_memory, require_lightning
 from lightning_accel.strategies.launched import evaluate_writably
-from lightning_accel.strategies.options import Recomputed, find_recomputed, require_recomputed
+from lightning_accel.strategies.options import Recomputed
 from lightning_accel.strategies.saving import unwrap
 from lightning_accel.strategies.xla_shared import (
     OneProgram,
-    follow,
     put_samples,
     read,
     require_one_host,
@@ -73,7 +70,7 @@ class AccelXLAStrategy(OneProgram, ParallelStrategy):
 
     Raises:
         ValueError: If there is no such row, it takes no ``shard_size``, or ``activation_checkpointing`` says nothing.
-        TypeError: If there are options that do not exist.
+        TypeError: If there are options that do not exist, or ``grad_scaler`` is another kind of scaler.
 
     """
 
@@ -92,10 +89,7 @@ class AccelXLAStrategy(OneProgram, ParallelStrategy):
         precision_plugin: Precision | None = None,
         **unknown: Any,
     ) -> None:
-        self._choose(sharding, shard_size, units, unknown)
-        require_recomputed(activation_checkpointing)
-        self._recomputed = activation_checkpointing
-        self._given_scaler = grad_scaler
+        self._choose(sharding, shard_size, units, activation_checkpointing, grad_scaler, unknown)
         super().__init__(accelerator=accelerator, checkpoint_io=checkpoint_io, precision_plugin=precision_plugin)
         self.engine = None
         self._micro_batches = 0  # with a loss, since the last optimizer step
@@ -119,10 +113,9 @@ class AccelXLAStrategy(OneProgram, ParallelStrategy):
         self._precision_plugin = None if precision_plugin is None else suitable(precision_plugin, self._given_scaler)
 
     @property
-    def grad_scaler(self) -> GradScaler | None:
-        """What scales losses, if anything does."""
-        scaler = getattr(self.precision_plugin, "scaler", None)
-        return scaler if isinstance(scaler, GradScaler) else None
+    @override
+    def _plugin(self) -> Precision:
+        return self.precision_plugin
 
     # ------------------------------------------------------------------ set-up
 
@@ -142,12 +135,8 @@ class AccelXLAStrategy(OneProgram, ParallelStrategy):
     def model_to_device(self) -> None:
         """Move the model to the devices, where it rests as the row says."""
         assert self.model is not None
-        recomputed = find_recomputed(self.model, self._recomputed, self._units)  # before anything has changed
-        self.engine = XLAEngine(self.model, self.row, units=self._units, shard_size=self._shard_size)
-        self.engine.recompute(recomputed.values())
-        if self.grad_scaler is not None:
-            self.grad_scaler.surroundings = OnDevices(self.engine)
-        follow(self.model, self.root_device)
+        self.engine = self._start(self.model)
+        self._scale_for(self.engine)
 
     @override
     def setup(self, trainer: pl.Trainer) -> None:
@@ -326,8 +315,7 @@ class AccelXLAStrategy(OneProgram, ParallelStrategy):
     def teardown(self) -> None:
         if self.engine is not None and not self.engine.is_closed:
             self.engine.bring_home()
-        if self.grad_scaler is not None:  # it may be the user's, for another strategy next
-            self.grad_scaler.surroundings = Surroundings()
+        self._scale_for()
         super().teardown()
 
     @classmethod

@@ -9,10 +9,12 @@ from __future__ import annotations
 
 import functools
 import inspect
+from collections.abc import Callable
 from typing import Any
 
 from lightning.fabric.accelerators import XLAAccelerator as FabricXLAAccelerator
 from lightning.fabric.connector import _Connector
+from lightning.fabric.plugins.precision import MixedPrecision as FabricMixedPrecision
 from lightning.fabric.strategies import Strategy as FabricStrategy
 from lightning.pytorch.accelerators import XLAAccelerator
 from lightning.pytorch.plugins.precision import MixedPrecision
@@ -24,6 +26,7 @@ from lightning_accel.strategies import fabric
 from lightning_accel.strategies.trainer import AccelStrategy
 from lightning_accel.strategies.xla import AccelXLAStrategy
 
+_CHOOSE = "_check_and_init_precision"
 _CHECK = "_check_config_and_set_final_flags"
 _MARK = "_knows_accel_xla"
 _NAME = "accel_xla"
@@ -33,7 +36,8 @@ def join_xla() -> None:
     """Have the Trainer and Fabric choose accel_xla as accelerator for the strategy, and the reverse."""
     _join(_AcceleratorConnector)
     _join(_Connector)
-    _offer_float16()
+    _offer_float16(_AcceleratorConnector, AccelXLAStrategy, "_precision_flag", "_precision_plugin_flag", MixedPrecision)
+    _offer_float16(_Connector, fabric.AccelXLAStrategy, "_precision_input", "_precision_instance", FabricMixedPrecision)
 
 
 def _join(connector: type) -> None:
@@ -52,21 +56,21 @@ def _join(connector: type) -> None:
     setattr(connector, _CHECK, check_xla)
 
 
-def _offer_float16() -> None:
-    choose = _AcceleratorConnector._check_and_init_precision
-    if getattr(choose, _MARK, False):
+def _offer_float16(connector: type, used: type, asked: str, given: str, plugin: Callable[..., Any]) -> None:
+    choose = getattr(connector, _CHOOSE, None)
+    if choose is None or getattr(choose, _MARK, False):
         return
 
     @functools.wraps(choose)
     def choose_float16(self: Any) -> Any:
         """Lightning would take a scaler for CUDA, and torch say that there is none."""
-        wanted = self._precision_flag == "16-mixed" and self._precision_plugin_flag is None
-        if not (wanted and isinstance(self.strategy, AccelXLAStrategy)):
+        wanted = getattr(self, asked, None) == "16-mixed" and getattr(self, given, None) is None
+        if not (wanted and isinstance(self.strategy, used)):
             return choose(self)
-        return MixedPrecision("16-mixed", device="xla")
+        return plugin("16-mixed", device="xla")
 
     setattr(choose_float16, _MARK, True)
-    _AcceleratorConnector._check_and_init_precision = choose_float16  # type: ignore[method-assign]
+    setattr(connector, _CHOOSE, choose_float16)
 
 
 def agreed(strategy: Any, accelerator: Any) -> tuple[Any, Any]:

@@ -27,6 +27,7 @@ from torch.utils.hooks import RemovableHandle
 from torch.utils.weak import WeakIdKeyDictionary
 from typing_extensions import override
 
+from lightning_accel.core import GradScaler
 from lightning_accel.core.checkpoint.engine_state import prepare_model
 from lightning_accel.core.checkpoint.recorder import is_recorded
 from lightning_accel.core.partition import Units
@@ -38,9 +39,9 @@ from lightning_accel.strategies.engine_module import not_set_up, without_module
 from lightning_accel.strategies.fabric_saving import hand_out
 from lightning_accel.strategies.files import in_memory
 from lightning_accel.strategies.launched import fractional
+from lightning_accel.strategies.options import Recomputed
 from lightning_accel.strategies.xla_shared import (
     OneProgram,
-    follow,
     put_samples,
     read,
     require_one_host,
@@ -62,14 +63,18 @@ class AccelXLAStrategy(OneProgram, Strategy):
             all of this host.
         units: Names or classes of modules whose parameters are gathered together, if parameters rest sharded. Default:
             the members of the model's repeated block class.
+        activation_checkpointing: Compute activations again in backward instead of keeping them: True for each unit's
+            module, or names or classes of modules.
+        grad_scaler: Scales losses under ``precision="16-mixed"``, instead of one with torch's defaults; under
+            ``"bf16-mixed"`` it is a check for overflow.
         accelerator: As for Fabric's strategies, likewise the next two.
         checkpoint_io: Reads and writes checkpoint files.
         precision: The precision.
         unknown: Options that do not exist; refused.
 
     Raises:
-        ValueError: If there is no such row, or it takes no ``shard_size``.
-        TypeError: If there are options that do not exist.
+        ValueError: If there is no such row, it takes no ``shard_size``, or ``activation_checkpointing`` says nothing.
+        TypeError: If there are options that do not exist, or ``grad_scaler`` is another kind of scaler.
 
     """
 
@@ -78,12 +83,14 @@ class AccelXLAStrategy(OneProgram, Strategy):
         sharding: str = "fsdp",
         shard_size: int | None = None,
         units: Units | None = None,
+        activation_checkpointing: Recomputed = False,
+        grad_scaler: GradScaler | None = None,
         accelerator: Accelerator | None = None,
         checkpoint_io: CheckpointIO | None = None,
         precision: Precision | None = None,
         **unknown: Any,
     ) -> None:
-        self._choose(sharding, shard_size, units, unknown)
+        self._choose(sharding, shard_size, units, activation_checkpointing, grad_scaler, unknown)
         super().__init__(accelerator=accelerator, checkpoint_io=checkpoint_io, precision=precision)
         self._backward_sync_control = _SyncControl(self)
         self._engines: list[weakref.ref[XLAEngine]] = []
@@ -122,7 +129,12 @@ class AccelXLAStrategy(OneProgram, Strategy):
 
     @precision.setter
     def precision(self, precision: Precision | None) -> None:
-        self._precision = None if precision is None else suitable(precision)
+        self._precision = None if precision is None else suitable(precision, self._given_scaler)
+
+    @property
+    @override
+    def _plugin(self) -> Precision:
+        return self.precision
 
     # ------------------------------------------------------------------ set-up
 
@@ -148,7 +160,8 @@ class AccelXLAStrategy(OneProgram, Strategy):
         """Move a module to the devices, where it rests as the row says. It has new parameters then.
 
         Raises:
-            ValueError: If it is on the devices already, parts of it are on the meta device, or a unit does not exist.
+            ValueError: If it is on the devices already, parts of it are on the meta device, or a unit or a module to
+                recompute does not exist.
 
         """
         there = next((name for name, p in module.named_parameters() if p.device.type == "xla"), None)
@@ -162,10 +175,9 @@ class AccelXLAStrategy(OneProgram, Strategy):
         if not self.engines:
             seed_devices()
         former = list(module.parameters())
-        engine = XLAEngine(module, self.row, units=self._units, shard_size=self._shard_size)
+        engine = self._start(module)
         for old, new in zip(former, module.parameters(), strict=True):
             self._homes[old] = new
-        follow(module, self.root_device)
 
         def settle(module: nn.Module, keys: Any) -> None:
             if not (engine.is_closed or is_recorded(module)):
@@ -174,6 +186,7 @@ class AccelXLAStrategy(OneProgram, Strategy):
         # It also keeps the engine as long as its module.
         self._hooks.append(module.register_load_state_dict_post_hook(settle))
         self._engines.append(weakref.ref(engine))
+        self._scale_for(*self.engines)
         return module
 
     @override
@@ -326,6 +339,7 @@ class AccelXLAStrategy(OneProgram, Strategy):
         while self._hooks:
             self._hooks.pop().remove()
         self._engines.clear()
+        self._scale_for()
         super().teardown()
 
     @classmethod

@@ -7,19 +7,23 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
-from lightning.fabric.plugins import CheckpointIO
+from lightning.fabric.plugins import CheckpointIO, Precision
 from lightning.fabric.utilities.apply_func import _TransferableDataType
 from lightning.fabric.utilities.device_dtype_mixin import _update_properties
 from lightning_utilities.core.apply_func import apply_to_collection
 from torch import Tensor, nn
 from torchmetrics import Metric
 
+from lightning_accel.core import GradScaler
 from lightning_accel.core.checkpoint import is_directory, load
+from lightning_accel.core.grad_scaler import Surroundings
 from lightning_accel.core.partition import Units
 from lightning_accel.core.placement import ROWS
+from lightning_accel.core.xla import XLAEngine
+from lightning_accel.core.xla.scaling import OnDevices
 from lightning_accel.plugins.checkpoint_io import with_default
 from lightning_accel.strategies.files import require_intact
-from lightning_accel.strategies.options import reject_unknown
+from lightning_accel.strategies.options import Recomputed, find_recomputed, reject_unknown, require_recomputed
 from lightning_accel.strategies.stock import whole
 
 
@@ -29,7 +33,15 @@ class OneProgram:
     strategy_name = "accel_xla"
     _checkpoint_io: CheckpointIO | None
 
-    def _choose(self, sharding: str, shard_size: int | None, units: Units | None, unknown: Mapping[str, Any]) -> None:
+    def _choose(
+        self,
+        sharding: str,
+        shard_size: int | None,
+        units: Units | None,
+        activation_checkpointing: Recomputed,
+        grad_scaler: GradScaler | None,
+        unknown: Mapping[str, Any],
+    ) -> None:
         reject_unknown(type(self), unknown)
         if sharding not in ROWS:
             raise ValueError(f"Expected sharding to be one of {', '.join(map(repr, ROWS))}, got {sharding!r}.")
@@ -41,6 +53,43 @@ class OneProgram:
         self.sharding = sharding
         self._shard_size = shard_size
         self._units = units
+        require_recomputed(activation_checkpointing)
+        self._recomputed = activation_checkpointing
+        if not isinstance(grad_scaler, GradScaler | None):
+            raise TypeError(
+                f"Expected grad_scaler to be a lightning_accel.core.GradScaler, got a {type(grad_scaler).__name__}."
+            )
+        self._given_scaler = grad_scaler
+
+    def _start(self, module: nn.Module) -> XLAEngine:
+        """Move a module to the devices, where it rests as the row says.
+
+        Raises:
+            ValueError: If a unit or a module to recompute does not exist, or parts of it are on the meta device.
+
+        """
+        recomputed = find_recomputed(module, self._recomputed, self._units)  # before anything has changed
+        engine = XLAEngine(module, self.row, units=self._units, shard_size=self._shard_size)
+        engine.recompute(recomputed.values())
+        follow(module, self.root_device)
+        return engine
+
+    @property
+    def grad_scaler(self) -> GradScaler | None:
+        """What scales losses, if anything does."""
+        scaler = getattr(self._plugin, "scaler", None)
+        return scaler if isinstance(scaler, GradScaler) else None
+
+    @property
+    def _plugin(self) -> Precision:
+        """The precision plugin, which the Trainer and Fabric call differently."""
+        raise NotImplementedError
+
+    def _scale_for(self, *engines: XLAEngine) -> None:
+        """Have the scaler, if there is one, scale what these engines train; none: what is in host memory."""
+        scaler = self.grad_scaler
+        if scaler is not None:  # it may be the user's, for another strategy next
+            scaler.surroundings = OnDevices(*engines) if engines else Surroundings()
 
     @property
     def root_device(self) -> torch.device:

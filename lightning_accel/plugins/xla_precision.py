@@ -15,6 +15,7 @@ from lightning_accel.core.grad_scaler import GradScaler
 from lightning_accel.plugins.precision import with_engine
 
 Plugin = TypeVar("Plugin", bound=fabric.Precision)
+Mixed = TypeVar("Mixed", MixedPrecision, fabric.MixedPrecision)
 
 
 def suitable(plugin: Plugin, grad_scaler: GradScaler | None = None) -> Plugin:
@@ -30,20 +31,21 @@ def suitable(plugin: Plugin, grad_scaler: GradScaler | None = None) -> Plugin:
     """
     kind: Any = type(plugin)
     if kind is MixedPrecision:
-        return cast(Plugin, _mixed(cast(MixedPrecision, plugin), grad_scaler))
-    if kind is fabric.MixedPrecision and plugin.precision == "bf16-mixed":
-        return cast(Plugin, fabric.MixedPrecision("bf16-mixed", device="xla"))
+        mixed = _mixed(cast(MixedPrecision, plugin), grad_scaler)
+        mixed.__dict__["clip_gradients"] = partial(_clip_gradients, mixed)
+        return cast(Plugin, mixed)
+    if kind is fabric.MixedPrecision:  # with Fabric the strategy unscales before it clips
+        return cast(Plugin, _mixed(cast(fabric.MixedPrecision, plugin), grad_scaler))
     is_half = kind in (HalfPrecision, fabric.HalfPrecision) and plugin.precision == "bf16-true"
     if is_half or kind in (Precision, fabric.Precision):
         return plugin if grad_scaler is None else with_engine(plugin, grad_scaler)  # which says why not
-    offered = "'32-true', '16-mixed'" if isinstance(plugin, Precision) else "'32-true'"  # no scaler with Fabric yet
     raise ValueError(
-        f"Expected precision to be {offered}, 'bf16-mixed' or 'bf16-true' with accel_xla, got {plugin.precision!r}"
-        f" ({kind.__name__})."
+        "Expected precision to be '32-true', '16-mixed', 'bf16-mixed' or 'bf16-true' with accel_xla, got"
+        f" {plugin.precision!r} ({kind.__name__})."
     )
 
 
-def _mixed(plugin: MixedPrecision, grad_scaler: GradScaler | None) -> MixedPrecision:
+def _mixed(plugin: Mixed, grad_scaler: GradScaler | None) -> Mixed:
     scaler = plugin.scaler
     torchs = isinstance(scaler, torch.amp.GradScaler)
     if scaler is not None and not isinstance(scaler, GradScaler) and not (torchs and scaler.is_enabled()):
@@ -52,11 +54,9 @@ def _mixed(plugin: MixedPrecision, grad_scaler: GradScaler | None) -> MixedPreci
             f" {type(scaler).__module__}.{type(scaler).__qualname__}. (torch disables those for CUDA where there is"
             " none.) Use precision='16-mixed', or MixedPrecision('16-mixed', device='xla')."
         )
-    made = MixedPrecision("16-mixed" if plugin.precision == "16-mixed" else "bf16-mixed", device="xla")
+    made = type(plugin)("16-mixed" if plugin.precision == "16-mixed" else "bf16-mixed", device="xla")
     made.scaler = scaler
-    made = with_engine(made, grad_scaler)
-    made.__dict__["clip_gradients"] = partial(_clip_gradients, made)
-    return made
+    return with_engine(made, grad_scaler)
 
 
 def _clip_gradients(

@@ -7,6 +7,8 @@ first, or the devices would compute it for the verdict, and once more for the gr
 
 from __future__ import annotations
 
+import weakref
+
 import torch
 from torch import Tensor
 from torch.optim import Optimizer
@@ -17,15 +19,15 @@ from lightning_accel.core.xla.engine import XLAEngine
 
 
 class OnDevices(Surroundings):
-    """Has a ``GradScaler`` scale what an engine trains: ``scaler.surroundings = OnDevices(engine)``.
+    """Has a ``GradScaler`` scale what engines train: ``scaler.surroundings = OnDevices(engine)``.
 
     Args:
-        engine: The engine.
+        engines: The engines; a scaler does not keep them.
 
     """
 
-    def __init__(self, engine: XLAEngine) -> None:
-        self._engine = engine
+    def __init__(self, *engines: XLAEngine) -> None:
+        self._engines = weakref.WeakSet(engines)
 
     @override
     def number(self, value: float, device: torch.device) -> Tensor:
@@ -34,9 +36,11 @@ class OnDevices(Surroundings):
     @override
     def read(self, verdict: Tensor) -> bool:
         """The value; this waits for the devices."""
-        self._engine.cut()
+        import torch_xla
+
+        torch_xla.sync()  # as an engine's cut(): it is one recording for all engines
         return bool(verdict)
 
     @override
     def backwards(self, optimizer: Optimizer) -> int | None:
-        return self._engine.backwards
+        return next((engine.backwards for engine in self._engines if optimizer in engine.optimizers), None)

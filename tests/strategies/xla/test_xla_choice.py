@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from importlib.util import find_spec
 from typing import Any
 
@@ -108,7 +109,9 @@ def test_options_that_do_not_exist(kind: Any) -> None:
         kind("fsdp", shard_size=2)
     for wrong in ("blocks", [], None):
         with pytest.raises(ValueError, match="Expected activation_checkpointing to be True, False or a list"):
-            AccelXLAStrategy(activation_checkpointing=wrong)  # type: ignore[arg-type]
+            kind(activation_checkpointing=wrong)
+    with pytest.raises(TypeError, match="Expected grad_scaler to be a lightning_accel.core.GradScaler, got a str"):
+        kind(grad_scaler="16")
     with pytest.raises(TypeError, match="'shards_size' is unknown. Did you mean 'shard_size'"):
         kind("fsdp_hybrid", shards_size=2)
 
@@ -147,10 +150,27 @@ def test_precisions_that_are_not_offered(plugin: Precision) -> None:
         AccelXLAStrategy(precision_plugin=plugin)
 
 
+def test_the_scaler_of_float16_in_fabric() -> None:
+    mixed = partial(fabric_precision.MixedPrecision, "16-mixed", device="cpu")
+    strategy = fabric.AccelXLAStrategy(precision=mixed(scaler=torch.amp.GradScaler("cpu", init_scale=8.0)))
+    assert type(strategy.precision) is fabric_precision.MixedPrecision
+    assert strategy.precision.device == "xla"
+    assert strategy.grad_scaler is not None
+    assert strategy.grad_scaler.get_scale() == 8.0
+    given = GradScaler(rule="deepspeed")
+    assert fabric.AccelXLAStrategy(grad_scaler=given, precision=mixed()).grad_scaler is given
+    assert fabric.AccelXLAStrategy().grad_scaler is None
+    with pytest.raises(ValueError, match="Expected precision='16-mixed' or 'bf16-mixed' together with grad_scaler"):
+        fabric.AccelXLAStrategy(grad_scaler=given, precision=fabric_precision.Precision())
+    with pytest.raises(ValueError, match="Expected one gradient scaler, got one with the strategy and another"):
+        fabric.AccelXLAStrategy(grad_scaler=given, precision=strategy.precision)
+    with pytest.raises(ValueError, match=r"a gradient scaler that is enabled.*got torch\.amp\.grad_scaler\.GradScaler"):
+        fabric.AccelXLAStrategy(precision=mixed(scaler=torch.amp.GradScaler("cpu", enabled=False)))
+
+
 def test_precisions_that_fabric_is_not_offered() -> None:
-    mixed = fabric_precision.MixedPrecision("16-mixed", device="cpu")
-    for plugin in (fabric_precision.DoublePrecision(), fabric_precision.HalfPrecision("16-true"), mixed):
-        with pytest.raises(ValueError, match=r"'32-true', 'bf16-mixed' or 'bf16-true' with accel_xla, got '(64|16)-"):
+    for plugin in (fabric_precision.DoublePrecision(), fabric_precision.HalfPrecision("16-true")):
+        with pytest.raises(ValueError, match="'16-mixed', 'bf16-mixed' or 'bf16-true' with accel_xla, got '(64|16)-"):
             fabric.AccelXLAStrategy(precision=plugin)
 
 

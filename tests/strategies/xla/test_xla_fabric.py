@@ -10,7 +10,7 @@ import pytest
 import torch
 from lightning.fabric import Fabric
 from lightning.fabric.accelerators import CPUAccelerator
-from litnet import FLOAT32, SAMPLES, LitNet, difference, leave_group, litnet, loader
+from litnet import FLOAT32, SAMPLES, Block, LitNet, difference, leave_group, litnet, loader
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 from torch.utils.data import DataLoader
@@ -117,6 +117,26 @@ def test_bf16_mixed_is_within_its_rounding() -> None:
 def test_bf16_true() -> None:
     ours, _ = both("zero2", 5, precision="bf16-true")
     assert ours.head.weight.dtype is torch.bfloat16
+
+
+@pytest.mark.parametrize(("row", "which"), [("zero2", True), ("fsdp", [Block]), ("fsdp", ["blocks.0", "head"])])
+def test_activation_checkpointing_equals_a_plain_loop(row: str, which: Any) -> None:
+    fabric = Fabric(strategy=AccelXLAStrategy(row, activation_checkpointing=which))
+    fabric.launch()
+    ours, theirs = litnet(), litnet()
+    calls = []
+    ours.blocks[0].up.register_forward_hook(lambda *_: calls.append(1))
+    model, optimizer = fabric.setup(ours, adam(ours))
+    settings: dict[str, Any] = {"accumulate": 2, "clip": {"max_norm": 0.3, "error_if_nonfinite": False}}
+    found = train(fabric, model, optimizer, fabric.setup_dataloaders(loader(8)), **settings)
+    with torch.no_grad():
+        model(next(iter(fabric.setup_dataloaders(loader(1))))[0])
+    assert len(calls) == 2 * 8 + 1, "twice for each batch, and once without gradients"
+    fabric.strategy.teardown()
+    assert "forward" not in vars(ours.blocks[0])
+    expected = train_plainly(theirs, adam(theirs), loader(8), **settings)
+    assert [float(loss) for loss in found] == pytest.approx(expected, rel=FLOAT32)
+    assert difference(ours, theirs) < FLOAT32
 
 
 def test_what_a_fabric_says_of_itself() -> None:
@@ -373,6 +393,10 @@ def test_models_and_optimizers_that_do_not_fit() -> None:
     net = litnet()
     with pytest.raises(ValueError, match="nowhere"):
         Fabric(strategy=AccelXLAStrategy(units=["nowhere"])).strategy.setup_module(net)
+    with pytest.raises(ValueError, match="activation_checkpointing.*elsewhere"):
+        Fabric(strategy=AccelXLAStrategy(activation_checkpointing=["elsewhere"])).strategy.setup_module(net)
+    with pytest.raises(ValueError, match="to have repeated blocks .* for activation_checkpointing=True, found none"):
+        Fabric(strategy=AccelXLAStrategy(activation_checkpointing=True)).strategy.setup_module(nn.Linear(4, 4))
     assert net.head.weight.device.type == "cpu"
     model: Any = fabric.setup_module(net)
     with pytest.raises(ValueError, match="parameters of AdamW to belong to a module that was set up, but none of 1"):
