@@ -102,7 +102,7 @@ def kill_while_saving(folder: Path, kills: int, seed: int) -> None:
 
 
 def test_runs_killed_while_saving(tmp_path: Path) -> None:
-    kill_while_saving(tmp_path, 5, random.randrange(10**6))
+    kill_while_saving(tmp_path, 2, random.randrange(10**6))
 
 
 @pytest.mark.matrix
