@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from typing import Any
 
 import torch
@@ -72,13 +73,14 @@ class LentModel:
 
 def _be_forgotten(model: nn.Module) -> None:
     """Take a model out of what stage 3 keeps for the life of the process: a LightningModule has its Trainer with it."""
-    from deepspeed.runtime.zero import parameter_offload
-    from deepspeed.runtime.zero.partitioned_param_coordinator import PartitionedParameterCoordinator
-
+    zero = "deepspeed.runtime.zero"  # a version without these lists has nothing to be taken out of
     modules = set(model.modules())
-    stack = getattr(parameter_offload, "FWD_MODULE_STACK", [])
+    stack = getattr(sys.modules.get(f"{zero}.parameter_offload"), "FWD_MODULE_STACK", [])
     stack[:] = [module for module in stack if module not in modules]
-    for method in vars(PartitionedParameterCoordinator).values():
+    coordinator = getattr(
+        sys.modules.get(f"{zero}.partitioned_param_coordinator"), "PartitionedParameterCoordinator", None
+    )
+    for method in vars(coordinator).values() if coordinator is not None else ():
         for cell in getattr(method, "__closure__", None) or ():  # its caches are within a decorator
             if hasattr(cell.cell_contents, "cache_clear"):
                 cell.cell_contents.cache_clear()  # an engine that is still at work fills it again
