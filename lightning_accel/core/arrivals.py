@@ -12,6 +12,7 @@ from lightning_accel.core.absent import arrive, depart
 from lightning_accel.core.collectives import Collectives
 from lightning_accel.core.structure import called_by_compiled_code
 from lightning_accel.core.unit import Unit
+from lightning_accel.core.watching import PARAMETERS
 
 
 class Arrivals:
@@ -43,7 +44,8 @@ class Arrivals:
                 return
             if called_by_compiled_code():
                 self._note_compiled()
-            pending.wait()  # first: if it is interrupted, the next reader waits again
+            with self._collectives.phases.within(PARAMETERS):
+                pending.wait()  # first: if it is interrupted, the next reader waits again
             if self.waits.pop(unit, None) is not None:
                 for parameter in unit.parameters:
                     arrive(parameter)

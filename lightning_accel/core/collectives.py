@@ -23,6 +23,7 @@ from typing_extensions import override
 
 from lightning_accel.core.groups import group_beside
 from lightning_accel.core.layout import Layout
+from lightning_accel.core.phases import Phases
 
 
 class Traffic:
@@ -149,6 +150,8 @@ class Collectives(ABC):
         self.rank = dist.get_rank(group)
         self.ranks = dist.get_world_size(group)
         self.traffic = Traffic()
+        self.phases = Phases(device, self.rank)
+        """Of the engine that these belong to."""
 
     @abstractmethod
     def reduce_scatter(self, buffer: Tensor, layout: Layout, out: Tensor) -> Pending:

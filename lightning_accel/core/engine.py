@@ -50,6 +50,7 @@ from lightning_accel.core.residency import Residency
 from lightning_accel.core.roster import Roster
 from lightning_accel.core.structure import Structure, is_compiled
 from lightning_accel.core.unit import Unit
+from lightning_accel.core.watching import BACKWARD, FORWARD, GRADIENTS
 
 
 class Engine:
@@ -138,6 +139,9 @@ class Engine:
         size = self.collectives.ranks
         if self.row.hybrid:
             size = ranks_of_node(self.collectives) if shard_size is None else shard_size
+        self.phases = self.collectives.phases
+        """What steps consist of, for those who time them (``engine.phases.time_steps()``) or count in them."""
+        self.phases.follow(module)
         self.mesh = Mesh.connect(self.collectives, size)
         """Which of them divide the model state."""
         if self.collectives.device.type == "cpu":
@@ -150,6 +154,7 @@ class Engine:
         materialiser = Materialiser(module, self.collectives, param_init_fn) if self.began_without_values else None
         self.at_close = contextlib.ExitStack()
         """What ``close`` takes back besides the engine's own doings."""
+        self.at_close.callback(self.phases.close)
         self.is_compiled = False
         """Whether the module is called by compiled code that is not part of it."""
         self.optimizers: list[EngineOptimizer] = []
@@ -371,7 +376,7 @@ class Engine:
 
         """
         self.before_forward()
-        with self._residency.forward():
+        with self.phases.within(FORWARD), self._residency.forward():
             yield
 
     @torch.compiler.disable  # type: ignore[untyped-decorator]
@@ -528,9 +533,10 @@ class Engine:
         self.backwards += 1
         self._reduction.begin(boundary=self._synchronise)
         try:
-            with self._residency.backward():
+            with self.phases.within(BACKWARD), self._residency.backward():
                 yield
-            told = self._reduction.finish(self._weights.end(self.optimizers))
+            with self.phases.within(GRADIENTS):
+                told = self._reduction.finish(self._weights.end(self.optimizers))
             if self._residency.is_active:
                 self.mesh.trim()  # rows that are chosen for their memory keep none that the next backward can take anew
             for unit in self.units:
@@ -723,6 +729,14 @@ class Engine:
 
     # ------------------------------------------------------------------ report
 
-    def report(self) -> Report:
-        """Bytes at rest by kind of state, and what the last optimizer step sent, as really allocated and sent."""
-        return measure(self, self._counts, self._pool.peak_bytes, self._roster.gauge.peak)
+    def report(self, *, all_ranks: bool = False) -> Report:
+        """Bytes at rest by kind of state, and what the last optimizer step sent, as really allocated and sent.
+
+        After ``engine.phases.time_steps()`` also where the time of the steps since the last report went.
+
+        Args:
+            all_ranks: Have the times of the slowest rank as well. All ranks must call this together then.
+
+        """
+        counts, times, other = self._counts, *self.phases.times(self.collectives.gather_objects if all_ranks else None)
+        return measure(self, counts, self._pool.peak_bytes, self._roster.gauge.peak, times, other)

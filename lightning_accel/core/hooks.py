@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 from torch import nn
 from torch.utils.hooks import RemovableHandle
 
-from lightning_accel.core.residency import Hook
+from lightning_accel.core.module_hook import Hook
 
 if TYPE_CHECKING:
     from lightning_accel.core.engine import Engine

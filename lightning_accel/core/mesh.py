@@ -45,6 +45,7 @@ class Mesh:
         for part in (shard, replicate):
             if part is not None:
                 part.traffic = world.traffic
+                part.phases = world.phases
 
     @staticmethod
     def connect(world: Collectives, shard_size: int) -> Mesh:

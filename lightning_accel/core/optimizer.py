@@ -416,6 +416,7 @@ class EngineOptimizer:
         self.engine.after_step(self)
 
     def _prepare(self) -> None:
+        self.engine.phases.begin_update()
         self.engine.before_step()
         for unit in self._units:
             unit.reconcile()

@@ -32,6 +32,7 @@ from lightning_accel.core.layout import Layout
 from lightning_accel.core.memory import taken, zeros
 from lightning_accel.core.offload import host_memory
 from lightning_accel.core.placement import Rest, Row
+from lightning_accel.core.watching import PARAMETERS
 
 
 class Presence(Enum):
@@ -336,7 +337,8 @@ class ParameterMemory:
         if self.presence is not Presence.COMING:
             return
         assert self._coming is not None
-        self._coming.wait()
+        with self._collectives.phases.within(PARAMETERS):
+            self._coming.wait()
         self._coming = None
         for parameter in self.parameters:
             arrive(parameter)

@@ -41,6 +41,7 @@ from lightning_accel.core.collectives import Agreement, Collectives
 from lightning_accel.core.placement import Rest, Row
 from lightning_accel.core.roster import Roster
 from lightning_accel.core.unit import Unit
+from lightning_accel.core.watching import GRADIENTS
 
 _IN_FLIGHT = {Rest.REPLICATED: 2, Rest.SHARDED: 1}
 """Reductions under way at once in rows that borrow gradient buffers, by where parameters rest. See [Note: borrowed
@@ -112,9 +113,10 @@ class Reduction:
         self._check_pattern()
         most = _IN_FLIGHT[self._row.parameters]
         if unit.borrows and len(self._in_flight) >= most and self._patient:
-            self._patient = self._in_flight[0].wait_briefly(_PATIENCE_S)
-            if self._patient:
-                self._in_flight.pop(0).finish()
+            with self._world.phases.within(GRADIENTS):
+                self._patient = self._in_flight[0].wait_briefly(_PATIENCE_S)
+                if self._patient:
+                    self._in_flight.pop(0).finish()
         for earlier in self._in_flight:
             if not earlier.advance_if_ready():
                 break  # second phases start in the order of the first ones

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from lightning_accel.core.collectives import nbytes
 from lightning_accel.core.offload import is_in_file
+from lightning_accel.core.times import StepTimes, describe
 
 if TYPE_CHECKING:
     from lightning_accel.core.engine import Engine
@@ -45,6 +46,11 @@ class Report:
     """Bytes this rank sent in the last step, by kind of operation."""
     copies: dict[str, int] = field(default_factory=dict)
     """Copies of the last step outside of collectives: ``gradient_writes`` (one for each arriving gradient)."""
+    times: StepTimes | None = None
+    """Where the time of this rank's steps went since the last report; None if nobody has asked for it, or there were
+    none."""
+    slowest: StepTimes | None = None
+    """The same of the rank that the others wait for, if all ranks have asked."""
 
     def to_dict(self) -> dict[str, Any]:
         """The report as plain data."""
@@ -73,6 +79,8 @@ class Report:
             )
         for kind, count in self.copies.items():
             lines.append(f"  {kind.replace('_', ' ')}: {count}")
+        if self.times is not None:
+            lines += describe(self.times, self.slowest)
         return "\n".join(lines)
 
 
@@ -88,13 +96,21 @@ class StepCounts:
     def close_step(self, engine: Engine) -> None:
         """Take what was counted since the last step as this step's."""
         self.steps += 1
+        engine.phases.end_step()
         self.collectives, self.bytes_sent = engine.collectives.traffic.take()
         self.copies = {"gradient_writes": sum(unit.writes for unit in engine.units)}
         for unit in engine.units:
             unit.writes = 0
 
 
-def measure(engine: Engine, counts: StepCounts, transient: int, gathered: int) -> Report:
+def measure(
+    engine: Engine,
+    counts: StepCounts,
+    transient: int,
+    gathered: int,
+    times: StepTimes | None,
+    slowest: StepTimes | None,
+) -> Report:
     """The report of an engine, from the memory it really holds."""
     module = engine.module
     trained = [unit for unit in engine.units if any(p.requires_grad for p in unit.parameters)]
@@ -134,6 +150,8 @@ def measure(engine: Engine, counts: StepCounts, transient: int, gathered: int) -
         collectives=dict(counts.collectives),
         bytes_sent=dict(counts.bytes_sent),
         copies=dict(counts.copies),
+        times=times,
+        slowest=slowest,
     )
 
 

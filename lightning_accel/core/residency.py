@@ -25,7 +25,7 @@ from __future__ import annotations
 import weakref
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager
 from functools import partial
 from typing import Any
 
@@ -35,28 +35,11 @@ from torch.utils._pytree import tree_leaves
 
 from lightning_accel.core.collectives import Collectives
 from lightning_accel.core.lockstep import Lockstep
+from lightning_accel.core.module_hook import Hook
 from lightning_accel.core.parameter_memory import Presence
 from lightning_accel.core.placement import Rest, Row
 from lightning_accel.core.unit import Unit
-
-
-class Hook:
-    """A hook on a module.
-
-    Copies and pickles of the module take its hooks along. Of this one they get a function of Python's own that does
-    nothing: they hold no engine, and a file loads where this package is not installed.
-    """
-
-    def __init__(self, function: Callable[..., None]) -> None:
-        self._function = function
-
-    @torch.compiler.disable  # type: ignore[untyped-decorator]
-    def __call__(self, *args: Any) -> None:
-        """Call the function."""
-        self._function(*args)
-
-    def __reduce__(self) -> Any:
-        return getattr, (nullcontext(), "__exit__")
+from lightning_accel.core.watching import PARAMETERS
 
 
 class _Call:
@@ -270,7 +253,8 @@ class Residency:
             self._store([unit for unit in self._all() if self._written[unit]], doing)  # the update starts from them
             for unit in self._all():  # held or not: the whole values are the old ones from now on
                 unit.memory.free()
-            self._collectives.fence(doing).wait()
+            with self._collectives.phases.within(PARAMETERS):
+                self._collectives.fence(doing).wait()
 
     def after_update(self) -> None:
         """Call when this rank's parts have been changed."""

@@ -16,6 +16,7 @@ class Alone:
     rank, ranks = 0, 1
     device = torch.device("cpu")
     traffic = None
+    phases = None
 
 
 def make_unit(*shapes):
