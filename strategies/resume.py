@@ -25,6 +25,7 @@ from __future__ import annotations
 
 import warnings
 import weakref
+from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -47,6 +48,7 @@ from lightning_accel.strategies.progress import Position, begin_epoch
 
 if TYPE_CHECKING:
     from lightning_accel.strategies.trainer import AccelStrategy
+    from lightning_accel.strategies.xla import AccelXLAStrategy
 
 _WAIT_S = 10.0
 """How long a rank that saves after an exception waits for the others."""
@@ -83,11 +85,16 @@ class Continuation:
 
     Args:
         strategy: Whose fits these are.
+        gather: Sends an object to all ranks, and returns those of all, by rank; by default over the engine's process
+            group or torch's.
 
     """
 
-    def __init__(self, strategy: AccelStrategy) -> None:
+    def __init__(
+        self, strategy: AccelStrategy | AccelXLAStrategy, gather: Callable[[Any], list[Any]] | None = None
+    ) -> None:
         self._strategy = strategy
+        self._gather_all = gather
         self._plan: Plan | None = None
         self._places: Places | None = None
         self._log: EpochLog | None = None
@@ -97,6 +104,9 @@ class Continuation:
         self._next: dict[int, replay.Beginning] = {}  # how iterators of the next epoch begin, by loader
         self._seeds: dict[int, int] = {}
         self._had_workers: list[bool] = []
+        self.knows_order = False
+        """Whether the fit goes on with samples that ranks have shared by distributed samplers, in an order that only
+        such samplers can go on with."""
         self._watched: list[weakref.ref[Any]] = []
         self._filter: Any = None
 
@@ -166,7 +176,10 @@ class Continuation:
 
     def _gather(self, own: dict[str, Any]) -> list[dict[str, Any] | None]:
         """The entries of all ranks; only this one's if the others may not come."""
-        strategy, engine = self._strategy, self._strategy.engine
+        if self._gather_all is not None:
+            return self._gather_all(own)
+        strategy: Any = self._strategy
+        engine = strategy.engine
         if engine is not None and not engine.is_closed:
             if not strategy._is_interrupted or absent_within(_WAIT_S, engine.collectives.group) is None:
                 return engine.collectives.gather_objects(own)
@@ -187,7 +200,7 @@ class Continuation:
         """
         self.end()
         self._last = None
-        self._next, self._seeds, self._had_workers = {}, {}, []
+        self._next, self._seeds, self._had_workers, self.knows_order = {}, {}, [], False
         self._places, self._log = Places(trainer), EpochLog(trainer)
         checkpoint = trainer._checkpoint_connector._loaded_checkpoint
         loops = checkpoint.get("loops", {}).get("fit_loop")
@@ -195,6 +208,7 @@ class Continuation:
             return
         self._plan = plan = Plan.read(checkpoint, self._strategy.global_rank, self._strategy.world_size)
         self._seeds, self._had_workers = plan.seeds, plan.had_workers
+        self.knows_order = any(saved.get("order") for saved in plan.train)
         if plan.had is not None:
             loops["state_dict"].pop("combined_loader", None)  # rank 0's; each rank has its own
         plan.position.write(loops)

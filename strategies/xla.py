@@ -1,4 +1,4 @@
-"""accel_xla for the Trainer: the rows on XLA devices, in one process that has the global batch.
+"""accel_xla for the Trainer: the rows on XLA devices, in one process (of each host).
 
 [Note: what is a program]
 What the Trainer does on the devices is recorded, and runs when it is cut off: after each optimizer step, after each
@@ -31,16 +31,19 @@ from typing_extensions import override
 from lightning_accel.core import GradScaler
 from lightning_accel.core.partition import Units
 from lightning_accel.core.xla import XLAEngine
+from lightning_accel.core.xla.hosts import hosts
 from lightning_accel.plugins.xla_precision import suitable
+from lightning_accel.strategies.evenness import require_even
 from lightning_accel.strategies.files import LEFT_IN_FILE, in_memory, require_lightning
 from lightning_accel.strategies.launched import evaluate_writably
 from lightning_accel.strategies.options import Recomputed
+from lightning_accel.strategies.resume import Continuation
 from lightning_accel.strategies.saving import unwrap
+from lightning_accel.strategies.xla_hosts import AmongHosts, no_transfer, require_equal_shares
 from lightning_accel.strategies.xla_shared import (
     OneProgram,
     put_samples,
     read,
-    require_one_host,
     seed_devices,
 )
 from lightning_accel.strategies.xla_values import fetched, with_scores_on
@@ -50,7 +53,8 @@ class AccelXLAStrategy(OneProgram, ParallelStrategy):
     """The placement rows on all XLA devices, through torch_xla.
 
     There is one process with one program over all devices. It loads the global batch: no sampler divides it. The batch
-    is cut over the devices along the first dimension of its tensors, and a loss is that of the whole batch.
+    is cut over the devices along the first dimension of its tensors, and a loss is that of the whole batch. On several
+    hosts there is one process on each, which loads its part of the global batch (not run there, see docs/xla.md).
 
     Args:
         sharding: The row: ``"ddp"``, ``"zero1"``, ``"zero2"``, ``"zero3"``, ``"fsdp"``, ``"fsdp_partial"`` or
@@ -92,13 +96,15 @@ class AccelXLAStrategy(OneProgram, ParallelStrategy):
         self._choose(sharding, shard_size, units, activation_checkpointing, grad_scaler, unknown)
         super().__init__(accelerator=accelerator, checkpoint_io=checkpoint_io, precision_plugin=precision_plugin)
         self.engine = None
+        self._among_hosts: AmongHosts | None = None
+        self._continuation = Continuation(self, gather=lambda own: hosts().gather(own))
         self._micro_batches = 0  # with a loss, since the last optimizer step
         self._is_complete = False
 
     @override
-    def reduce(self, tensor: Any, *args: Any, **kwargs: Any) -> Any:
-        """What is given: it is of the global batch."""
-        return tensor
+    def reduce(self, tensor: Any, group: Any | None = None, reduce_op: Any = "mean") -> Any:
+        """What is given, if it is on the devices: it is of the global batch. What is in host memory, over hosts."""
+        return self._reduced(tensor, reduce_op)
 
     # ---------------------------------------------------------------- plugins
 
@@ -129,7 +135,7 @@ class AccelXLAStrategy(OneProgram, ParallelStrategy):
     @override
     def setup_environment(self) -> None:
         super().setup_environment()
-        require_one_host()
+        self._set_rank()
 
     @override
     def model_to_device(self) -> None:
@@ -144,6 +150,10 @@ class AccelXLAStrategy(OneProgram, ParallelStrategy):
         assert self.model is not None
         self.accelerator.setup(trainer)
         self.engine = None
+        if trainer.state.fn == TrainerFn.FITTING:
+            self._continuation.take_up(trainer)
+        if hosts().count > 1:
+            self._among_hosts = AmongHosts(trainer)
         evaluate_writably(trainer)
         # Statistics of a batch are those of the global one: there are no layers to be synchronised.
         self.model = self.precision_plugin.convert_module(self.model)
@@ -159,6 +169,33 @@ class AccelXLAStrategy(OneProgram, ParallelStrategy):
         self.setup_precision_plugin()
 
     @override
+    def process_dataloader(self, dataloader: object) -> object:
+        require_equal_shares(dataloader)
+        return self._continuation.follow(dataloader)
+
+    @property
+    @override
+    def is_distributed(self) -> bool:
+        """Whether Lightning is to give loaders distributed samplers.
+
+        It is on several hosts; on one it is if the fit goes on in the middle of an order that such samplers have.
+        """
+        return super().is_distributed or self._continuation.knows_order
+
+    @property
+    @override
+    def distributed_sampler_kwargs(self) -> dict[str, Any]:
+        """How samples are divided, where they are: each host loads its part of the global batch."""
+        return {"num_replicas": self.world_size, "rank": self.global_rank}
+
+    @override
+    def on_train_start(self) -> None:
+        assert self.lightning_module is not None
+        if self.world_size > 1:
+            require_even(self.lightning_module.trainer)
+        self._continuation.start()
+
+    @override
     def batch_to_device(self, batch: Any, device: torch.device | None = None, dataloader_idx: int = 0) -> Any:
         """Cut a batch over the devices, between Lightning's hooks for it.
 
@@ -171,6 +208,8 @@ class AccelXLAStrategy(OneProgram, ParallelStrategy):
         hooks = module.trainer._data_connector._datahook_selector
         assert hooks is not None
         if is_overridden(name, hooks.get_instance(name)):
+            if self.world_size > 1:
+                raise no_transfer()
             batch = module._call_batch_hook(name, batch, device or self.root_device, dataloader_idx)
         return module._call_batch_hook("on_after_batch_transfer", self._put(batch), dataloader_idx)
 
@@ -205,6 +244,19 @@ class AccelXLAStrategy(OneProgram, ParallelStrategy):
         output = super().predict_step(*args, **kwargs)
         self._cut()
         return output
+
+    @override
+    def on_validation_end(self) -> None:
+        self._cut_for_all()
+
+    @override
+    def on_test_end(self) -> None:
+        self._cut_for_all()
+
+    def _cut_for_all(self) -> None:
+        """Have what an evaluation has found be computed before host 0 prints it; see strategies/xla_hosts.py."""
+        if self.world_size > 1:
+            self._cut()
 
     def _cut(self) -> None:
         assert self.engine is not None
@@ -277,8 +329,10 @@ class AccelXLAStrategy(OneProgram, ParallelStrategy):
 
     @override
     def save_checkpoint(self, checkpoint: dict[str, Any], filepath: Any, storage_options: Any | None = None) -> None:
+        self._continuation.add_to(checkpoint)
         # Callbacks keep what they have monitored, on the devices.
-        super().save_checkpoint(fetched(checkpoint), filepath, storage_options)
+        write = partial(super().save_checkpoint, fetched(checkpoint), filepath, storage_options)  # on host 0
+        hosts().unanimous("saving a checkpoint", write)
 
     @override
     def load_checkpoint(self, checkpoint_path: Any, weights_only: bool | None = None) -> dict[str, Any]:
@@ -313,6 +367,10 @@ class AccelXLAStrategy(OneProgram, ParallelStrategy):
 
     @override
     def teardown(self) -> None:
+        if self._among_hosts is not None:
+            self._among_hosts.end()
+            self._among_hosts = None
+        self._continuation.end()
         if self.engine is not None and not self.engine.is_closed:
             self.engine.bring_home()
         self._scale_for()

@@ -1,4 +1,4 @@
-"""accel_xla for Fabric: the rows on XLA devices, in one process that has the global batch.
+"""accel_xla for Fabric: the rows on XLA devices, in one process (of each host).
 
 [Note: what is a program in Fabric]
 What a loop does on the devices is recorded, and runs when it is cut off: after each optimizer step, after each backward
@@ -32,6 +32,7 @@ from lightning_accel.core.checkpoint.engine_state import prepare_model
 from lightning_accel.core.checkpoint.recorder import is_recorded
 from lightning_accel.core.partition import Units
 from lightning_accel.core.xla import XLAEngine
+from lightning_accel.core.xla.hosts import hosts
 from lightning_accel.core.xla.placing import Placing
 from lightning_accel.plugins.xla_precision import suitable
 from lightning_accel.strategies.compact import compact
@@ -44,7 +45,6 @@ from lightning_accel.strategies.xla_shared import (
     OneProgram,
     put_samples,
     read,
-    require_one_host,
     seed_devices,
 )
 from lightning_accel.strategies.xla_values import fetched
@@ -54,7 +54,7 @@ class AccelXLAStrategy(OneProgram, Strategy):
     """The placement rows on all XLA devices; see :class:`lightning_accel.strategies.AccelXLAStrategy`.
 
     There is one process with one program over all devices. A loader that was set up gives the global batch, cut over
-    the devices along the first dimension of its tensors.
+    the devices along the first dimension of its tensors; on several hosts each gives its part of it (not run there).
 
     Args:
         sharding: The row: ``"ddp"``, ``"zero1"``, ``"zero2"``, ``"zero3"``, ``"fsdp"``, ``"fsdp_partial"`` or
@@ -141,7 +141,7 @@ class AccelXLAStrategy(OneProgram, Strategy):
     @override
     def setup_environment(self) -> None:
         super().setup_environment()
-        require_one_host()
+        self._set_rank()
 
     @override
     def module_init_context(self, empty_init: bool | None = None) -> AbstractContextManager[Any]:
@@ -242,8 +242,11 @@ class AccelXLAStrategy(OneProgram, Strategy):
             engines[0].cut()
 
     def all_reduce(self, tensor: Any, group: Any | None = None, reduce_op: Any = "mean") -> Any:
-        """What is given: it is of the global batch; the mean of integers is a fraction."""
-        return fractional(tensor, reduce_op)
+        """What is given, if it is on the devices: it is of the global batch. What is in host memory, over hosts.
+
+        The mean of integers is a fraction.
+        """
+        return self._reduced(fractional(tensor, reduce_op), reduce_op)
 
     # ------------------------------------------------------------- checkpoints
 
@@ -270,7 +273,13 @@ class AccelXLAStrategy(OneProgram, Strategy):
         """Save models and optimizers, and what else is in ``state``, as one file of whole tensors."""
         saved = {name: _inner(value) for name, value in state.items()}
         converted = fetched(self._convert_stateful_objects_in_state(saved, filter=filter or {}))
-        self.checkpoint_io.save_checkpoint(checkpoint=compact(converted), path=path, storage_options=storage_options)
+        io = self.checkpoint_io
+
+        def write() -> None:
+            if self.is_global_zero:
+                io.save_checkpoint(checkpoint=compact(converted), path=path, storage_options=storage_options)
+
+        hosts().unanimous("saving a checkpoint", write)
 
     @override
     def load_checkpoint(

@@ -1,4 +1,4 @@
-"""What the Trainer's accel_xla and Fabric's have in common: one process, which has the global batch."""
+"""What the Trainer's accel_xla and Fabric's have in common: one process on each host, and one program."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ from lightning.fabric.plugins import CheckpointIO, Precision
 from lightning.fabric.utilities.apply_func import _TransferableDataType
 from lightning.fabric.utilities.device_dtype_mixin import _update_properties
 from lightning_utilities.core.apply_func import apply_to_collection
+from lightning_utilities.core.rank_zero import rank_zero_only
 from torch import Tensor, nn
 from torchmetrics import Metric
 
@@ -20,6 +21,7 @@ from lightning_accel.core.grad_scaler import Surroundings
 from lightning_accel.core.partition import Units
 from lightning_accel.core.placement import ROWS
 from lightning_accel.core.xla import XLAEngine
+from lightning_accel.core.xla.hosts import hosts
 from lightning_accel.core.xla.scaling import OnDevices
 from lightning_accel.plugins.checkpoint_io import with_default
 from lightning_accel.strategies.files import require_intact
@@ -28,7 +30,7 @@ from lightning_accel.strategies.stock import whole
 
 
 class OneProgram:
-    """Base of both strategies, before Lightning's own: the row, and what little one process has to say to others."""
+    """Base of both strategies, before Lightning's own: the row, and what hosts tell each other."""
 
     strategy_name = "accel_xla"
     _checkpoint_io: CheckpointIO | None
@@ -98,53 +100,92 @@ class OneProgram:
 
     @property
     def num_nodes(self) -> int:
-        """One."""
-        return 1
+        """Hosts."""
+        return hosts().count
 
     @num_nodes.setter
     def num_nodes(self, num_nodes: int) -> None:
-        if num_nodes != 1:
-            raise ValueError(f"Expected num_nodes=1 with accel_xla, which has not been tried on more, got {num_nodes}.")
+        if num_nodes != 1 and num_nodes != hosts().count:  # one is also what it is if nobody has said anything
+            raise ValueError(
+                f"Expected num_nodes=1 with accel_xla on {hosts().count} host(s), got {num_nodes}. Leave it out: how"
+                " many hosts there are is for the XLA runtime to say."
+            )
 
     @property
     def global_rank(self) -> int:
-        """The only one."""
-        return 0
+        """Which of the hosts this is."""
+        return hosts().index
 
     @property
     def local_rank(self) -> int:
-        """The only one."""
+        """The only one of its host."""
         return 0
 
     @property
     def node_rank(self) -> int:
-        """The only one."""
-        return 0
+        """Which of the hosts this is."""
+        return hosts().index
 
     @property
     def world_size(self) -> int:
-        """Processes, not devices: batches and metrics are the global ones already."""
-        return 1
+        """Processes, one on each host, not devices: values on the devices are of the global batch already."""
+        return hosts().count
 
     @property
     def is_global_zero(self) -> bool:
-        """Yes."""
-        return True
+        """Whether this host is the one that writes files and shows progress."""
+        return hosts().index == 0
+
+    @property
+    def is_distributed(self) -> bool:
+        """Whether Lightning has to divide the data: each of several hosts loads its part of the global batch."""
+        return hosts().count > 1
+
+    @property
+    def distributed_sampler_kwargs(self) -> dict[str, Any] | None:
+        """How samples are divided over hosts; None on one, which loads all of them."""
+        found = hosts()
+        return {"num_replicas": found.count, "rank": found.index} if found.count > 1 else None
 
     def all_gather(self, tensor: Tensor, group: Any | None = None, sync_grads: bool = False) -> Tensor:
-        """What is given: it is of the global batch."""
-        return tensor
+        """What is given, if it is on the devices: it is of the global batch. What is in host memory: of every host.
+
+        Args:
+            tensor: On the devices, or of the same shape on each host.
+            group: Not used.
+            sync_grads: Not used.
+
+        Returns:
+            On several hosts, of a tensor in host memory: shape (hosts, …).
+
+        """
+        if hosts().count == 1 or not _is_of_this_host(tensor):
+            return tensor
+        return torch.stack(hosts().gather(tensor.detach()))
 
     def reduce_boolean_decision(self, decision: bool, all: bool = True) -> bool:
-        """What is given."""
-        return decision
+        """Whether all hosts, or any of them, have decided so."""
+        decisions = hosts().gather(bool(decision))
+        return sum(decisions) == len(decisions) if all else any(decisions)
 
     def broadcast(self, obj: Any, src: int = 0) -> Any:
-        """What is given."""
-        return obj
+        """The picklable object of one host."""
+        return hosts().broadcast(obj, src)
 
-    def barrier(self, name: str | None = None) -> None:
-        """Nothing: there is nobody else."""
+    def barrier(self, name: str | None = None, *args: Any, **kwargs: Any) -> None:
+        """Return when all hosts have come."""
+        hosts().barrier()
+
+    def _reduced(self, value: Any, reduce_op: Any) -> Any:
+        """What is given, if it is on the devices: it is of the global batch. What is in host memory, over hosts."""
+        return (
+            hosts().reduce(value, "mean" if reduce_op is None else str(reduce_op)) if _is_of_this_host(value) else value
+        )
+
+    def _set_rank(self) -> None:
+        """Have what Lightning does on rank 0 only, such as warnings and logs, be done on host 0 only."""
+        if hosts().count > 1:
+            rank_zero_only.rank = hosts().index  # type: ignore[attr-defined]
 
     @property
     def checkpoint_io(self) -> CheckpointIO:
@@ -157,20 +198,12 @@ class OneProgram:
         self._checkpoint_io = io
 
 
-def require_one_host() -> None:
-    """Raise if XLA has devices of several hosts.
+def _is_of_this_host(value: Any) -> bool:
+    return isinstance(value, Tensor) and value.device.type != "xla"
 
-    Raises:
-        ValueError: Says how many.
 
-    """
-    from torch_xla import runtime
-
-    if runtime.process_count() > 1:
-        raise ValueError(
-            f"Expected XLA devices of one host with accel_xla, which has not been tried on more, got those of"
-            f" {runtime.process_count()}."
-        )
+def _never() -> bool:
+    return False
 
 
 def follow(module: nn.Module, device: torch.device) -> None:
@@ -184,14 +217,16 @@ def follow(module: nn.Module, device: torch.device) -> None:
     for part in module.modules():
         if isinstance(part, Metric):
             part.to(device)  # its states are neither parameters nor buffers
+            if hosts().count > 1:
+                part.distributed_available_fn = _never  # they are of the global batch: nothing to be summed over hosts
     _update_properties(module, device=device)  # what a LightningModule says of itself
 
 
 def seed_devices() -> None:
-    """Have what draws random numbers on the devices, such as dropout, begin with torch's seed."""
+    """Have what draws random numbers on the devices, such as dropout, begin with torch's seed; host 0's."""
     import torch_xla
 
-    torch_xla.manual_seed(torch.initial_seed() % 2**63)
+    torch_xla.manual_seed(hosts().broadcast(torch.initial_seed() % 2**63))
 
 
 def put_samples(batch: Any, put_batch: Callable[[Any], Any], device: torch.device) -> Any:
@@ -204,6 +239,7 @@ def put_samples(batch: Any, put_batch: Callable[[Any], Any], device: torch.devic
 
     Raises:
         ValueError: If a first dimension is no multiple of the number of devices.
+        TypeError: If something moves itself, and there are several hosts.
 
     """
 
@@ -215,6 +251,12 @@ def put_samples(batch: Any, put_batch: Callable[[Any], Any], device: torch.devic
             for key, value in data.items():
                 made[key] = put_samples(value, put_batch, device)
             return made
+        if hosts().count > 1:
+            raise TypeError(
+                f"Expected tensors and mappings in a batch on several hosts, got a {type(data).__name__} that moves"
+                " itself: it would be whole on every device, and another one for each host. Return its tensors from the"
+                " collate_fn."
+            )
         moved = data.to(device)
         return data if moved is None else moved
 

@@ -33,8 +33,9 @@ from lightning_accel.core.xla.shardings import Spec, replicated, sharded
 class XLAEngine:
     """Trains one module on all XLA devices.
 
-    It moves the module there. XLA tensors are of another kind than those of the CPU, so the module gets new parameters:
-    optimizers are made after the engine. Parameters that several modules share stay shared.
+    It moves the module there, with host 0's values if there are several hosts. XLA tensors are of another kind than
+    those of the CPU, so the module gets new parameters: optimizers are made after the engine. Parameters that several
+    modules share stay shared.
 
     Args:
         module: The model.
@@ -45,8 +46,8 @@ class XLAEngine:
             of one host.
 
     Raises:
-        ValueError: If the row or a unit does not exist, ``shard_size`` does not divide the number of devices, or parts
-            of the model are on the meta device.
+        ValueError: If the row or a unit does not exist, ``shard_size`` does not divide the number of devices, parts of
+            the model are on the meta device, or the models of several hosts differ in more than their values.
         ImportError: If torch_xla is not installed, or does not fit torch.
         RuntimeError: If XLA cannot start any more; see core/xla/runtime.py.
 
@@ -87,6 +88,7 @@ class XLAEngine:
         self._synchronise = True
         blocks = find_blocks(module, units).values()  # before anything has changed: it may raise
         self._within_units = {part for block in blocks for part in block.modules()}
+        self.placing.hosts.take_first_values(module)
         self._compiled_before = programs_compiled()
         replace_tensors(module, lambda tensor: self.placing.put(tensor.detach().cpu(), self._spec_of_value(tensor)))
         self._undo = [gather_in_units(module, units, self.placing)] if self.row.parameters is Rest.SHARDED else []
@@ -149,10 +151,12 @@ class XLAEngine:
         """A batch in host memory, on the devices: tensors are cut along their first dimension, scalars are whole.
 
         Args:
-            batch: The global batch of this host: tensors of shape (samples, …), or scalars, in any nesting.
+            batch: This host's part of the global batch, on one host all of it: tensors of shape (samples, …), or on
+                one host scalars, in any nesting. On all hosts the shapes are the same.
 
         Raises:
-            ValueError: If the number of samples is no multiple of the number of devices.
+            ValueError: If the number of samples is no multiple of the number of this host's devices, or there are
+                several hosts and a tensor is a scalar.
 
         """
         return self.placing.put_batch(batch)
@@ -238,7 +242,7 @@ class XLAEngine:
 
         Args:
             optimizer: One of those that were added.
-            state: Of whole parameters, in host memory.
+            state: Of whole parameters, in host memory; the same on all hosts.
 
         """
         optimizer.load_state_dict(state)

@@ -7,6 +7,8 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor, nn
 
+from lightning_accel.core.xla.hosts import hosts
+
 
 def replace_tensors(module: nn.Module, replacement: Callable[[Tensor], Tensor]) -> dict[Tensor, Tensor]:
     """Give a module other parameters and buffers. What was one tensor, under several names, stays one.
@@ -39,8 +41,8 @@ def replace_tensors(module: nn.Module, replacement: Callable[[Tensor], Tensor]) 
 def to_host(tensors: Sequence[Tensor]) -> list[Tensor]:
     """Values in host memory, whole, however the devices divide them.
 
-    What is divided is put together here: XLA would compile a program for each tensor, and need room for all of it on
-    every device.
+    What one host's devices divide is put together here: XLA would compile a program for each tensor, and need room for
+    all of it on every device. That is what it does where parts are on other hosts; so all hosts take part.
 
     Args:
         tensors: Those that are on no XLA device are what is returned for them.
@@ -53,7 +55,8 @@ def to_host(tensors: Sequence[Tensor]) -> list[Tensor]:
     if away:
         torch_xla.sync()  # or what is recorded would be compiled once more, for these values alone
         xla_model.wait_device_ops()
-    divided = ["devices=" in torch_xla._XLAC._get_xla_sharding_spec(tensor) for tensor in away]
+    is_here = not away or hosts().count == 1
+    divided = [is_here and "devices=" in torch_xla._XLAC._get_xla_sharding_spec(tensor) for tensor in away]
     others = [tensor for tensor, is_divided in zip(away, divided, strict=True) if not is_divided]
     fetched = iter(torch_xla._XLAC._xla_get_cpu_tensors(others) if others else [])
     values = (

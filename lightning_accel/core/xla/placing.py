@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 from torch.utils._pytree import tree_map_only
 
+from lightning_accel.core.xla.hosts import hosts
 from lightning_accel.core.xla.runtime import start
 from lightning_accel.core.xla.shardings import REPLICATE, SHARD, Spec, batched
 
@@ -30,6 +31,7 @@ class Placing:
 
         self.devices = start()
         """Of all hosts."""
+        self.hosts = hosts()
         self.shard_size = self.devices if shard_size is None else shard_size
         if self.shard_size < 1 or self.devices % self.shard_size:
             raise ValueError(
@@ -39,10 +41,17 @@ class Placing:
         self.device = torch.device("xla", 0)
         """All of them, as torch sees it."""
         self._spmd = spmd
-        self._mesh = spmd.Mesh(numpy.arange(self.devices), (self.copies, self.shard_size), (REPLICATE, SHARD))
+        order = range(self.devices) if self.hosts.count == 1 else self.hosts.order_of_devices(_own_devices())
+        self._mesh = spmd.Mesh(numpy.array(order), (self.copies, self.shard_size), (REPLICATE, SHARD))
 
     def put(self, tensor: Tensor, spec: Spec) -> Tensor:
-        """A copy of a tensor in host memory, on the devices; each is sent its part only."""
+        """A copy of a tensor in host memory, on the devices; each is sent its part only.
+
+        Args:
+            tensor: The same on every host.
+            spec: How it is divided.
+
+        """
         placed = tensor.detach().to(self.device)  # which waits, under SPMD, for what is said next
         self._spmd.mark_sharding(placed, self._mesh, spec)
         return placed
@@ -58,10 +67,12 @@ class Placing:
         """A batch on the devices, every tensor of it cut along its first dimension; scalars whole.
 
         Args:
-            batch: Tensors in any nesting. Those that are on an XLA device stay as they are.
+            batch: Tensors in any nesting. Those that are on an XLA device stay as they are. Of several hosts each has
+                its part of the global batch, and all parts have the same shapes.
 
         Raises:
-            ValueError: If a first dimension is no multiple of the number of devices.
+            ValueError: If a first dimension is no multiple of the number of this host's devices, or there are several
+                hosts and a tensor is a scalar.
 
         """
         return tree_map_only(Tensor, self._put_samples, batch)
@@ -69,12 +80,31 @@ class Placing:
     def _put_samples(self, tensor: Tensor) -> Tensor:
         if tensor.device.type == "xla":
             return tensor
-        if tensor.dim() and tensor.shape[0] % self.devices:
+        here = self.devices // self.hosts.count
+        if tensor.dim() and tensor.shape[0] % here:
+            where = "" if self.hosts.count == 1 else " of this host"
             raise ValueError(
-                f"Expected a batch whose first dimension is a multiple of the {self.devices} XLA devices, got a tensor"
+                f"Expected a batch whose first dimension is a multiple of the {here} XLA devices{where}, got a tensor"
                 f" of shape {tuple(tensor.shape)}. Change the batch size, or set drop_last=True for a short last batch."
             )
+        if self.hosts.count > 1:
+            return self._put_share(tensor)
         return self.put(tensor, batched(tensor.shape))
+
+    def _put_share(self, tensor: Tensor) -> Tensor:
+        """This host's part of a batch, as part of the global one: on its own devices."""
+        from torch_xla.core import xla_model
+
+        if not tensor.dim():
+            raise ValueError(
+                f"Expected a batch of tensors with samples in their first dimension, got a scalar ({tensor.dtype}). A"
+                " scalar is whole on every device, and each host may have another one. Give it a dimension, one element"
+                " for each sample, or make it a Python number that is the same on all hosts."
+            )
+        sharding = self._spmd.ShardingSpec(self._mesh, batched(tensor.shape), minibatch=True)
+        placed: Tensor
+        (placed,) = xla_model.send_cpu_data_to_device(tensor.detach(), self.device, sharding)
+        return placed
 
     def bytes_on_one(self, tensor: Tensor) -> int:
         """Bytes that the first device of this host keeps of a tensor, padding included; after what is pending."""
@@ -84,3 +114,10 @@ class Placing:
         xla_model.wait_device_ops()
         ((part, _), *_) = torch_xla._XLAC._get_local_shards([tensor])[0]
         return int(part.numel() * part.element_size())
+
+
+def _own_devices() -> list[int]:
+    """The numbers of this host's devices, in the order in which it deals its samples to them."""
+    import torch_xla
+
+    return [int(name.rpartition(":")[2]) for name in torch_xla._XLAC._xla_get_runtime_devices()]

@@ -117,6 +117,17 @@ class Losses(pl.Callback):
         return [float(loss) for loss in self.kept]
 
 
+class SaveAfter(pl.Callback):
+    """Writes a checkpoint after so many optimizer steps of all: within an epoch, which a fit that has ended is not."""
+
+    def __init__(self, steps: int, path: Path) -> None:
+        self.steps, self.path = steps, path
+
+    def on_train_batch_end(self, trainer: Any, *args: Any) -> None:
+        if trainer.global_step == self.steps:
+            trainer.save_checkpoint(self.path)
+
+
 def trainer(strategy: Any = "auto", folder: Path | None = None, **settings: Any) -> pl.Trainer:
     on_xla = strategy != "auto" or settings.get("accelerator") == "accel_xla"
     quiet: dict[str, Any] = {

@@ -11,7 +11,7 @@ from typing import Any
 import elsewhere
 import pytest
 import torch
-from litnet import FLOAT32, LitNet, difference, litnet, loader, trainer
+from litnet import FLOAT32, LitNet, SaveAfter, difference, litnet, loader, trainer
 
 from lightning_accel.strategies import AccelXLAStrategy
 
@@ -32,12 +32,16 @@ def on_gloo(*arguments: Any) -> None:
     assert ended.returncode == 0, ended.stderr[-5000:]
 
 
-def here(chosen: Any, epochs: int, folder: Path, resume: Path | None = None) -> tuple[LitNet, Path]:
-    model = litnet(schedule=True)
-    fit = trainer(chosen, max_epochs=epochs, gradient_clip_val=0.3)
+def here(
+    chosen: Any, epochs: int, folder: Path, resume: Path | None = None, after: int | None = None
+) -> tuple[LitNet, Path]:
+    model, path = litnet(schedule=True), folder / f"here{epochs}.ckpt"
+    callbacks = [] if after is None else [SaveAfter(after, path)]
+    fit = trainer(chosen, max_epochs=epochs, gradient_clip_val=0.3, callbacks=callbacks)
     fit.fit(model, loader(elsewhere.BATCHES), ckpt_path=resume)
-    fit.save_checkpoint(folder / f"here{epochs}.ckpt")
-    return model, folder / f"here{epochs}.ckpt"
+    if after is None:
+        fit.save_checkpoint(path)
+    return model, path
 
 
 @pytest.mark.parametrize("kind", ["full", "sharded"])
@@ -54,3 +58,17 @@ def test_a_run_goes_from_gloo_to_the_devices_and_back(strategy: str, row: str, k
     assert difference(model, through) < FLOAT32
     on_devices, _ = here(AccelXLAStrategy(row), 4, tmp_path, back)
     assert difference(on_devices, here("auto", 4, tmp_path / "cpu")[0]) < FLOAT32
+
+
+def test_within_an_epoch_the_samples_that_are_left_are_trained_with(tmp_path: Path) -> None:
+    """Two batches of the first epoch on two ranks, up to the third of the second on the devices, the rest on ranks."""
+    there, back, values = tmp_path / "there", tmp_path / "back", tmp_path / "values"
+    on_gloo("accel_fsdp", "full", 2, tmp_path / "straight", values, "--dealt")
+    straight, model = (litnet(schedule=True) for _ in range(2))
+    straight.load_state_dict(torch.load(values, weights_only=True))
+    on_gloo("accel_fsdp", "sharded", 1, there, values, "--dealt", "--after", 2)
+    through, ours = here(AccelXLAStrategy("fsdp"), 2, tmp_path, there, after=elsewhere.BATCHES + 3)
+    assert difference(through, straight) < FLOAT32
+    on_gloo("accel_fsdp", "full", 2, back, values, "--dealt", "--resume", ours)
+    model.load_state_dict(torch.load(values, weights_only=True))
+    assert difference(model, straight) < FLOAT32
