@@ -14,23 +14,36 @@ from pathlib import Path
 from typing import Any
 
 import lightning.pytorch as pl
+import torch
+import torch.distributed as dist
 from lightning.fabric.strategies import _StrategyRegistry
-from lightning.fabric.utilities.types import _PATH
+from lightning.fabric.utilities.types import _PATH, ReduceOp
 from lightning.pytorch.core.optimizer import _MockOptimizer
 from lightning.pytorch.plugins.precision import Precision
 from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities.model_helpers import is_overridden
+from torch import Tensor
 from typing_extensions import override
 
 from lightning_accel.convert.deepspeed import open_deepspeed
 from lightning_accel.convert.deepspeed_files import find_deepspeed
 from lightning_accel.core.agreement import synchronise
+from lightning_accel.strategies.deepspeed_division import Division, divide_tensors
 from lightning_accel.strategies.deepspeed_file import DeepSpeedFile, samples_of_batch
-from lightning_accel.strategies.deepspeed_installed import join_process_group, local_rank_known, require_deepspeed
+from lightning_accel.strategies.deepspeed_installed import (
+    divided_as_made,
+    join_process_group,
+    local_rank_known,
+    require_deepspeed,
+    rests_in_parts,
+)
+from lightning_accel.strategies.deepspeed_model import joined_when_called
+from lightning_accel.strategies.deepspeed_pipeline import PipelineRun, find_pipeline
 from lightning_accel.strategies.deepspeed_precision import EnginePrecision
 from lightning_accel.strategies.deepspeed_run import (
     RunningEngine,
     only_optimizer,
+    read_divided,
     read_same_layout,
     require_local,
     require_trainable,
@@ -75,6 +88,9 @@ class AccelDeepSpeedStrategy(AccelLaunchedStrategy):
         self._file = EngineFile(config, stage)
         self.stage = self._file.stage
         self._run: RunningEngine | None = None
+        self._division: Division | None = None
+        self._pipeline: Any = None
+        self._micro_batches = 1  # of a pipeline's batch
         self._continues_from: Path | None = None
         self._position: Position | None = None
         super().__init__(**kwargs)
@@ -110,22 +126,81 @@ class AccelDeepSpeedStrategy(AccelLaunchedStrategy):
         self._at_teardown.enter_context(local_rank_known(self.local_rank))
         join_process_group(self.root_device, self._process_group_backend, self._timeout)
 
+    @contextmanager
+    @override
+    def model_sharded_context(self) -> Iterator[None]:
+        """What ``configure_model`` runs in: at stage 3 each rank makes its part of each parameter."""
+        assert self.lightning_module is not None
+        assert isinstance(self.precision_plugin, EnginePrecision)
+        fitting = self.lightning_module.trainer.state.fn == TrainerFn.FITTING
+        if not fitting or self.stage < 3 or self._file.tensor_parallel_size > 1:
+            yield
+            return
+        with divided_as_made(self.root_device, self._file.told_before(self.precision_plugin.precision)):
+            yield
+
+    @property
+    @override
+    def distributed_sampler_kwargs(self) -> dict[str, Any]:
+        """In ``fit`` the ranks that share a replica of the model get the same samples."""
+        return super().distributed_sampler_kwargs if self._division is None else self._division.sampler_kwargs
+
+    @property
+    def _replicas(self) -> int:
+        return self.world_size if self._division is None else self._division.replicas
+
+    @override
+    def reduce(
+        self, tensor: Tensor | Any, group: Any | None = None, reduce_op: ReduceOp | str | None = "mean"
+    ) -> Tensor | Any:
+        """Reduce a tensor over ranks, over one of each replica of a divided model."""
+        if group is None and self._division is not None:
+            group = self._division.across
+        return super().reduce(tensor, group, reduce_op)
+
+    @override
+    def reduce_boolean_decision(self, decision: bool, all: bool = True) -> bool:
+        """Whether all ranks, or any, say yes."""
+        said = torch.tensor(int(decision), device=self.root_device)
+        count = int(self.reduce(said, group=dist.group.WORLD, reduce_op="sum"))
+        return count == self.world_size if all else count > 0
+
     @override
     def setup(self, trainer: pl.Trainer) -> None:
         assert self.accelerator is not None
         assert self.model is not None
         self.accelerator.setup(trainer)
+        assert trainer.state.fn is not None
         fitting = trainer.state.fn == TrainerFn.FITTING
+        module = self.lightning_module
+        assert module is not None
         if fitting and self._layer_sync:
             self.model = self._layer_sync.apply(self.model)
         evaluate_writably(trainer)  # parameters that are gathered in evaluation are written to later
         self._failed = False
         self.model = self.precision_plugin.convert_module(self.model)
         self.model_to_device()
-        synchronise(self.model)
         if fitting:
             self._require_hooks()
-            self._file.steer(trainer, self.world_size)
+            self._divide()
+        elif find_pipeline(module, self.stage) is not None:
+            raise ValueError(
+                "Expected trainer.fit with a PipelineModule, whose validation_step evaluates, got"
+                f" trainer.{trainer.state.fn.value}: outside of fit there is no engine, and each rank has a part of the"
+                " layers."
+            )
+        is_in_parts = not fitting and rests_in_parts(module)
+        if is_in_parts:
+            assert isinstance(self.precision_plugin, EnginePrecision)
+            told = self._file.told_before(self.precision_plugin.precision)
+            self._at_teardown.enter_context(joined_when_called(module, told, self.root_device))
+        elif self._pipeline is None:
+            synchronise(self.model)  # the layers of a pipeline DeepSpeed sends to those that have the same
+        if fitting:
+            if self._pipeline is None:
+                self._file.steer(trainer, self._replicas)
+            else:
+                self._micro_batches = self._file.steer_pipeline(trainer, self._replicas)
             self.setup_optimizers(trainer)
         self.setup_precision_plugin()  # which wraps optimizers anew
         for wrapper in self._lightning_optimizers:
@@ -144,22 +219,49 @@ class AccelDeepSpeedStrategy(AccelLaunchedStrategy):
         require_trainable(module, given)
         automatic = module.automatic_optimization
         told = self._file.told(
-            self.world_size,
+            self._replicas,
             module,
             self.precision_plugin.precision,
-            accumulation=trainer.accumulate_grad_batches if automatic else 1,
+            accumulation=trainer.accumulate_grad_batches * self._micro_batches if automatic else 1,
             clipping=trainer.gradient_clip_val if automatic else self._file.clipping,
         )
         if is_files := isinstance(given, _MockOptimizer):
             told["optimizer"] = self._file.optimizer_section()
-        self._run = RunningEngine(self.model, module, None if is_files else given, told, self.root_device)
-        self.model = self.run.engine
+        optimizer = None if is_files else given
+        if self._pipeline is not None:
+            told.pop("managed_gradient_accumulation")  # it counts the micro-batches of a batch itself
+            self._run = PipelineRun(self._pipeline, optimizer, told, self.root_device)
+        else:
+            self._run = RunningEngine(self.model, module, optimizer, told, self.root_device, self._division)
+            self.model = self.run.engine
         self.optimizers = [self.run.optimizer]
         if is_files:
             self.lr_scheduler_configs = self._file.schedule(self.run.optimizer, module)
         self._at_teardown.callback(hold_schedules(trainer, lambda: self.run.step_was_skipped))
         if self._continues_from is not None:
             self.run.load(self._continues_from, strict=module.strict_loading)
+
+    def _divide(self) -> None:
+        """Find out which ranks share a replica of the model, if any do."""
+        module = self.lightning_module
+        assert module is not None
+        if self._division is not None:
+            return
+        self._pipeline = find_pipeline(module, self.stage)
+        size = self._file.tensor_parallel_size
+        if self._pipeline is not None and size > 1:
+            raise ValueError(
+                f"Expected a PipelineModule or tensor_parallel.autotp_size, got both ({size}). Divide the pipeline's"
+                " own layers, or leave it out."
+            )
+        if self._pipeline is not None:
+            self._division = Division(self._pipeline.mpu())
+        elif size > 1:
+            self._division = divide_tensors(size)
+        else:
+            return
+        self._division.agree_on_random_numbers()
+        self._at_teardown.enter_context(self._division.counting_replicas(module))
 
     def _require_hooks(self) -> None:
         module = self.lightning_module
@@ -179,10 +281,14 @@ class AccelDeepSpeedStrategy(AccelLaunchedStrategy):
         assert self.lightning_module is not None
         trainer = self.lightning_module.trainer
         require_even(trainer)
-        self._file.require_batches(trainer, self.world_size)
+        size = samples_of_batch(trainer)
+        if self._pipeline is None:
+            self._file.require_batches(trainer, self._replicas)
+        elif size is not None:
+            self._file.require_pipeline_batches(size, self._micro_batches, self._replicas)
+            size //= self._micro_batches
         if self._position is not None and self._position.begins:
             begin_epoch(trainer, self._position)
-        size = samples_of_batch(trainer)
         if size is not None:
             self.engine.set_train_micro_batch_size(size)
 
@@ -256,9 +362,16 @@ class AccelDeepSpeedStrategy(AccelLaunchedStrategy):
             )
         if folder is None:
             return super().load_checkpoint(checkpoint_path, weights_only)
-        checkpoint = open_deepspeed(folder, weights_only=weights_only is not False).nest
+        safely = weights_only is not False
         if fitting:
-            read_same_layout(folder, self.stage, self.world_size, weights_only=weights_only is not False)
+            self._divide()
+        if fitting and self._division is not None:
+            checkpoint = {**read_divided(folder, self.stage, self._division, weights_only=safely), "state_dict": {}}
+        else:
+            checkpoint = open_deepspeed(folder, weights_only=safely).nest
+        if fitting:
+            if self._division is None:
+                read_same_layout(folder, self.stage, self.world_size, weights_only=safely)
             self._continues_from = folder
             if "loops" in checkpoint:  # else the script of somebody else has written it
                 loops = checkpoint["loops"]["fit_loop"]
@@ -283,7 +396,8 @@ class AccelDeepSpeedStrategy(AccelLaunchedStrategy):
     @override
     def teardown(self) -> None:
         self._at_teardown.close()
-        self._continues_from = self._position = None
+        self._continues_from = self._position = self._division = self._pipeline = None
+        self._micro_batches = 1
         if self._run is not None:
             self._run.end(abandon=self._failed)
             self._run, self.model = None, self._lightning_module

@@ -41,6 +41,7 @@ from lightning_accel.deepspeed_config import (
 )
 from lightning_accel.deepspeed_config.keys import KEYS
 from lightning_accel.plugins.accel_precision import AccelPrecision
+from lightning_accel.strategies import deepspeed_reports
 from lightning_accel.strategies.options import EngineOptions
 
 DeepSpeedFile: TypeAlias = str | Path | Mapping[str, Any]
@@ -56,7 +57,6 @@ LOOPS_OWN = (
     *("optimizer.type", "scheduler.type"),
 )
 """Keys that are the business of a loop of the user's own."""
-_REPORTS = "bytes at rest and the last step's messages"
 Plugin = TypeVar("Plugin", bound=FabricPrecision)
 
 
@@ -266,7 +266,8 @@ class FromFile:
         if ranks is not None and None not in (train, micro, accumulation):
             Batches.of(ranks, train, micro, accumulation, config.where)
         if self.shows_report and ranks is not None:
-            rank_zero_info(f"{config.where}: call lightning_accel.engine_of(model).report() for {_REPORTS}.")
+            told = deepspeed_reports.describe(config)
+            rank_zero_info(f"{config.where}: call lightning_accel.engine_of(model).report() for {told}.")
         found = [name for name in keys if name in config]
         if found:
             rank_zero_warn(
@@ -276,15 +277,24 @@ class FromFile:
 
     @property
     def shows_report(self) -> bool:
-        """Whether bytes and messages are to be shown: at the end of a fit, and every ``steps_per_print`` steps."""
-        return self.config["comms_logger.enabled"] is True or self.config["memory_breakdown"] is True
+        """Whether the engine's report is to be shown: at the end of a fit, and every ``steps_per_print`` steps."""
+        return deepspeed_reports.shows_report(self.config)
+
+    def watch(self, engine: Engine) -> None:
+        """Have an engine's steps timed and counted, if the file asks for it. For each engine, on all ranks."""
+        deepspeed_reports.watch(engine, self.config)
 
     def note_step(self, engine: Engine) -> None:
         """Show an engine's report after an optimizer step, if it is time: every ``steps_per_print`` steps."""
         self._steps += 1
         every = self.config.given("steps_per_print")
         if self.shows_report and every is not None and self._steps % every == 0:
-            rank_zero_info(str(engine.report()))
+            deepspeed_reports.show(engine)
+
+    def end(self, engine: Engine) -> None:
+        """Show an engine's report at the end of a fit, if the file asks for it."""
+        if self.shows_report:
+            deepspeed_reports.show(engine)
 
     def require_batches(self, trainer: pl.Trainer, ranks: int) -> None:
         """Raise if the DataLoader's batches are not those of the file.

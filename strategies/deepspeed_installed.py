@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from lightning.fabric.plugins.collectives.torch_collective import default_pg_timeout
 from packaging.version import Version
+from torch import nn
 
 LEAST = "0.19.8"
 """The oldest version whose engine lets others count micro-batches as this package needs it."""
@@ -93,3 +94,40 @@ def join_process_group(device: torch.device, backend: str | None, timeout: timed
     import_deepspeed(device).init_distributed(
         backend, auto_mpi_discovery=False, verbose=False, timeout=timeout or default_pg_timeout
     )
+
+
+@contextmanager
+def divided_as_made(device: torch.device, told: dict[str, Any]) -> Iterator[None]:
+    """Within it modules are made with a rank's part of each parameter (``deepspeed.zero.Init``). All ranks take part.
+
+    Args:
+        device: What is trained on.
+        told: DeepSpeed's configuration, of stage 3.
+
+    """
+    with import_deepspeed(device).zero.Init(config_dict_or_path=told):
+        yield
+
+
+def rests_in_parts(module: nn.Module) -> bool:
+    """Whether parameters of a module rest in parts, as ``zero.Init`` has made them."""
+    return any(hasattr(parameter, "ds_id") for parameter in module.parameters())
+
+
+def require_whole(module: nn.Module, asked: str) -> None:
+    """Raise if parameters of a module rest in parts.
+
+    Args:
+        module: To be called without an engine.
+        asked: What is asked for, for the message.
+
+    Raises:
+        ValueError: If they do.
+
+    """
+    if rests_in_parts(module):
+        raise ValueError(
+            f"Expected a whole model for {asked} with strategy='accel_deepspeed', got one made at stage 3 that each"
+            " rank has a part of: without an engine nothing joins them. Evaluate while it trains, or give a new model"
+            " the weights of a checkpoint that `accel convert` has made."
+        )

@@ -12,10 +12,14 @@ import torch
 from torch import Tensor, nn
 from torch.optim import LBFGS, Adagrad, Optimizer
 
+from lightning_accel.convert.deepspeed import OWN_KEYS
 from lightning_accel.convert.deepspeed_files import DeepSpeedFiles, read_deepspeed
+from lightning_accel.convert.trusted import load_file
 from lightning_accel.core.checkpoint.folder import Folder
+from lightning_accel.strategies.deepspeed_division import Division
 from lightning_accel.strategies.deepspeed_installed import import_deepspeed
 from lightning_accel.strategies.deepspeed_model import LentModel
+from lightning_accel.strategies.files import in_memory
 
 _TAG = "checkpoint"
 """The folder in a checkpoint's folder; the name that Lightning's own DeepSpeed strategy uses."""
@@ -30,6 +34,10 @@ class RunningEngine:
         optimizer: Of its parameters; None if DeepSpeed makes the one that it is told.
         told: DeepSpeed's configuration.
         device: What is trained on.
+        division: How AutoTP divides the model among ranks; None if it does not.
+
+    Raises:
+        ValueError: If something else than the configuration has asked for tensor parallelism.
 
     """
 
@@ -37,7 +45,13 @@ class RunningEngine:
     """DeepSpeed's."""
 
     def __init__(
-        self, model: nn.Module, module: nn.Module, optimizer: Optimizer | None, told: Mapping[str, Any], device: Any
+        self,
+        model: nn.Module,
+        module: nn.Module,
+        optimizer: Optimizer | None,
+        told: Mapping[str, Any],
+        device: Any,
+        division: Division | None = None,
     ) -> None:
         self.module = module
         """The model."""
@@ -50,16 +64,52 @@ class RunningEngine:
         self.is_at_work = False
         """Whether DeepSpeed steps, saves or loads just now."""
         self._device: torch.device = device
+        deepspeed = import_deepspeed(device)
         self._lent = LentModel(module)
-        self.engine, *_ = import_deepspeed(device).initialize(
-            args=None if device.index is None else argparse.Namespace(device_rank=device.index),
-            model=model,
-            model_parameters=[parameter for parameter in module.parameters() if parameter.requires_grad],
-            optimizer=optimizer,
-            config=dict(told),
-            dist_init_required=False,
-        )
+        mpu = None if division is None else division.mpu
+        deepspeed.utils.groups.mpu = mpu  # that of an earlier engine, if any, outlives it
+        with _config_shown(model):
+            self.engine, *_ = deepspeed.initialize(
+                args=None if device.index is None else argparse.Namespace(device_rank=device.index),
+                model=model,
+                model_parameters=[parameter for parameter in module.parameters() if parameter.requires_grad],
+                optimizer=optimizer,
+                config=dict(told),
+                dist_init_required=False,
+                mpu=mpu,
+            )
+        self._lent.note_changes()
+        if division is not None:
+            self._compare_inputs(division)
+        if division is None and self.engine.autotp_size() > 1:
+            raise ValueError(
+                f"Expected tensor_parallel.autotp_size={self.engine.autotp_size()} in the DeepSpeed file, which deals"
+                " samples to ranks, got it from deepspeed.tp_model_init. Leave the call out."
+            )
         _step_what_schedules_know(self.engine)
+        self._drop = self.optimizer.zero_grad
+        self.optimizer.zero_grad = self._zero_grad  # type: ignore[method-assign]
+
+    def _zero_grad(self, set_to_none: bool = True) -> None:
+        # With offload, gradients in host memory are the optimizer's ``grad``, made once: nobody may take them away.
+        if self.is_at_work:
+            self._drop(set_to_none)
+        else:
+            self.require_no_gradients()
+
+    def _compare_inputs(self, division: Division) -> None:
+        """Hold the first inputs against those of the other ranks of a replica.
+
+        AutoTP's own check, in whose place this is, does not know of lists within lists, as batches are for the Trainer.
+        """
+        self.engine.first_dataloader_check.remove()
+
+        def compare(module: nn.Module, args: Any, kwargs: Any) -> None:
+            handle.remove()
+            division.require_same_samples((args, kwargs))
+
+        handle = self.module.register_forward_pre_hook(compare, with_kwargs=True)
+        self.engine.first_dataloader_check = handle
 
     @property
     def optimizer(self) -> Optimizer:
@@ -143,6 +193,7 @@ class RunningEngine:
 
     def end(self, *, abandon: bool) -> None:
         """Make an end of the engine, and give the model its values again; see ``LentModel.take_back``."""
+        del self.optimizer.zero_grad  # the class's own
         self._lent.take_back(self.engine, abandon=abandon)
 
     @contextmanager
@@ -152,6 +203,21 @@ class RunningEngine:
             yield
         finally:
             self.is_at_work = False
+
+
+@contextmanager
+def _config_shown(model: nn.Module) -> Iterator[None]:
+    """Within it a model has the ``config`` of a model within it (of Transformers, say), as AutoTP asks for it."""
+    found = (part.config for part in model.modules() if hasattr(getattr(part, "config", None), "to_dict"))
+    config = next(found, None)
+    if config is None or hasattr(model, "config"):
+        yield
+        return
+    model.__dict__["config"] = config
+    try:
+        yield
+    finally:
+        del model.__dict__["config"]
 
 
 def _step_what_schedules_know(engine: Any) -> None:
@@ -238,12 +304,48 @@ def read_same_layout(folder: Path, stage: int, ranks: int, *, weights_only: bool
 
     """
     files = read_deepspeed(folder, weights_only=weights_only)
-    written = files.model.get("ds_config") or {}
-    found = (written.get("zero_optimization") or {}).get("stage", 0), int(files.model.get("dp_world_size") or ranks)
-    if found != (stage, ranks):
-        raise ValueError(
-            f"Expected a checkpoint of stage {stage} on {ranks} ranks, got {folder} of stage {found[0]}"
-            f" on {found[1]}: DeepSpeed continues where nothing has changed. `accel convert` makes one of it that"
-            " strategy='accel_zero2' continues from anywhere."
-        )
+    _require_same(folder, files.model, stage, ranks, 1)
     return files
+
+
+def read_divided(folder: Path, stage: int, division: Division, *, weights_only: bool) -> dict[str, Any]:
+    """Read what is beside the model in the checkpoint of a divided one, if DeepSpeed can go on from it.
+
+    Args:
+        folder: What ``find_deepspeed`` has returned.
+        stage: The ZeRO stage that is trained with.
+        division: How the model is divided among ranks.
+        weights_only: See ``read_same_layout``.
+
+    Raises:
+        ValueError: If it was written at another stage, or by ranks that divided it otherwise.
+
+    """
+    first = next(iter(sorted(folder.glob("*mp_rank_00_model_states.pt"))), None)
+    if first is None:
+        raise ValueError(
+            f"Expected {folder} to have a file *mp_rank_00_model_states.pt, as DeepSpeed writes, got none."
+        )
+    found = load_file(first, weights_only=weights_only)
+    _require_same(folder, found, stage, division.replicas, division.parts)
+    return {key: value for key, value in in_memory(found).items() if key not in OWN_KEYS}
+
+
+def _require_same(folder: Path, model: Mapping[str, Any], stage: int, replicas: int, parts: int) -> None:
+    written = model.get("ds_config") or {}
+    found = (
+        (written.get("zero_optimization") or {}).get("stage", 0),
+        int(model.get("dp_world_size") or replicas),
+        int(model.get("mp_world_size") or 1),
+    )
+    if found != (stage, replicas, parts):
+        layouts = (
+            f"stage {stage} on {replicas}{f' × {parts}' * (parts > 1)} ranks"
+            for stage, replicas, parts in ((stage, replicas, parts), found)
+        )
+        expected, got = layouts
+        raise ValueError(
+            f"Expected a checkpoint of {expected}, got {folder} of {got}: DeepSpeed continues where nothing has"
+            " changed. `accel convert` makes one of it, unless the model was divided, that strategy='accel_zero2'"
+            " continues from anywhere."
+        )

@@ -50,7 +50,7 @@ _PLUGINS = (
     *(FabricPrecision, FabricHalfPrecision, FabricMixedPrecision),
 )
 _LEFT_TO_FABRIC = ("optimizer.type", "scheduler.type")
-_OTHER_PARALLELISM = ("tensor_parallel", "sequence_parallel_size", "data_parallel_size", "expert_parallel", "pipeline")
+_OTHER_PARALLELISM = ("sequence_parallel_size", "data_parallel_size", "expert_parallel")
 _Z = "zero_optimization"
 
 
@@ -74,8 +74,8 @@ class EngineFile(FromFile):
         config = self.config
         if found := [name for name in config.values if name.partition(".")[0] in _OTHER_PARALLELISM]:
             raise ValueError(
-                f"Expected a file for data parallelism in {config.where}, got {', '.join(found)}: a Trainer deals"
-                " different samples to all ranks. Leave them out."
+                f"Expected a file for data, tensor or pipeline parallelism in {config.where}, got {', '.join(found)}:"
+                " whole samples are dealt to ranks, and experts are on all of them. Leave them out."
             )
         if self.stage < 2 and config.given(f"{_Z}.overlap_comm") is True:
             raise ValueError(
@@ -146,6 +146,60 @@ class EngineFile(FromFile):
                 " DeepSpeed steps whenever training_step does. Leave it out."
             )
 
+    def steer_pipeline(self, trainer: pl.Trainer, replicas: int) -> int:
+        """Have a Trainer clip as the file says, and leave micro-batches to DeepSpeed.
+
+        Args:
+            trainer: The Trainer, about to fit a pipeline.
+            replicas: How many pipelines there are.
+
+        Returns:
+            How many micro-batches a batch is cut into.
+
+        Raises:
+            ValueError: If the Trainer's own arguments contradict the file, or a pipeline cannot do with them.
+
+        """
+        self._begin_fit(trainer)
+        if not trainer.lightning_module.automatic_optimization:
+            raise ValueError(
+                "Expected automatic optimization with a PipelineModule, got automatic_optimization=False: a call of the"
+                " pipeline is a whole step already."
+            )
+        if trainer.accumulate_grad_batches != 1:
+            raise ValueError(
+                "Expected accumulate_grad_batches=1 with a PipelineModule, got"
+                f" {trainer.accumulate_grad_batches}: each batch is a step. Say gradient_accumulation_steps, the"
+                " micro-batches that it is cut into, in the DeepSpeed file, and give the DataLoader larger batches."
+            )
+        known = Known(ranks=replicas, accumulation=1, clipping=trainer.gradient_clip_val or 0.0)
+        self.config = fill(self.config, known, ("gradient_accumulation_steps", "gradient_clipping"))
+        self._clip(trainer)
+        return self.accumulation(1, replicas)
+
+    def require_pipeline_batches(self, size: int, micro_batches: int, replicas: int) -> None:
+        """Raise unless the DataLoader's batches can be cut into the file's micro-batches.
+
+        Args:
+            size: Samples of a replica's batch.
+            micro_batches: How many it is to be cut into.
+            replicas: How many pipelines there are.
+
+        Raises:
+            ValueError: If they cannot.
+
+        """
+        micro = self.config.given("train_micro_batch_size_per_gpu")
+        train = self.config.given("train_batch_size")
+        if train is not None:
+            micro = Batches.of(replicas, train, micro, micro_batches, self.config.where).micro
+        if size % micro_batches or micro not in (None, size // micro_batches):
+            raise ValueError(
+                f"Expected batches that are {micro_batches} micro-batches"
+                f"{'' if micro is None else f' of {micro} samples'}, as {self.config.where} says, got a DataLoader with"
+                f" batch_size={size}."
+            )
+
     def begin_loop(self, ranks: int) -> int | None:
         """Begin anew for a model of a loop of the user's own, and say what is left to it.
 
@@ -163,6 +217,12 @@ class EngineFile(FromFile):
         self.leave_to_loop("the loop,", keys=_LEFT_TO_FABRIC)
         train, micro, asked = (self.config.given(name) for name in LOOPS_OWN[:3])
         return None if asked is None and None in (train, micro) else self.accumulation(1, ranks)
+
+    @property
+    def tensor_parallel_size(self) -> int:
+        """How many ranks share each tensor (AutoTP); 1 if the file says nothing."""
+        section = self.config["tensor_parallel"] or {}
+        return max(1, int(section.get("autotp_size") or 0))
 
     @property
     def clipping(self) -> float | None:
@@ -192,13 +252,11 @@ class EngineFile(FromFile):
 
         """
         self.config = fill(self.config, Known(ranks=1, hidden_size=hidden_size(module)), BUCKETS)
+        found = self._said(precision)
         train, micro = (self.config.given(name) for name in ("train_batch_size", "train_micro_batch_size_per_gpu"))
         if train is None and micro is None:
             micro = 1  # until the loader is there: see `samples_of_batch`
         sizes = Batches.of(ranks, train, micro, accumulation, self.config.where)
-        found = _nested({name: value for name, value in self.config.values.items() if value != AUTO})
-        for part in ("optimizer", "scheduler"):
-            found.pop(part, None)
         found |= {
             "train_batch_size": sizes.train,
             "train_micro_batch_size_per_gpu": sizes.micro,
@@ -207,10 +265,24 @@ class EngineFile(FromFile):
             "managed_gradient_accumulation": False,
         }
         found.setdefault("zero_allow_untested_optimizer", True)
+        return found
+
+    def _said(self, precision: str) -> dict[str, Any]:
+        """The file, without an optimizer, a schedule and what is ``"auto"``, with the precision."""
+        found = _nested({name: value for name, value in self.config.values.items() if value != AUTO})
+        for part in ("optimizer", "scheduler"):
+            found.pop(part, None)
         section = {torch.float16: "fp16", torch.bfloat16: "bf16"}.get(PRECISIONS[precision])
         if section is not None and Computing.of(self.config) is None:
             found[section] = {**found.get(section, {}), "enabled": True}
         return found
+
+    def told_before(self, precision: str) -> dict[str, Any]:
+        """What ``zero.Init`` is told, before there is a model. It divides parameters whatever batch sizes will be."""
+        found = self._said(precision)
+        for name in LOOPS_OWN[:3]:
+            found.pop(name, None)
+        return {**found, "train_micro_batch_size_per_gpu": 1}
 
     def optimizer_section(self) -> dict[str, Any]:
         """The file's ``"optimizer"``, filled in by ``configuring``."""

@@ -1,8 +1,8 @@
 """What a loop of the user's own cannot have of a model and an optimizer that DeepSpeed's engine has: errors say so.
 
 With the Trainer such calls come through Lightning. With Fabric they reach the model and the optimizer themselves, which
-would do something else than what is asked for: ZeRO's gradients are not where ``zero_grad`` looks, the values that it
-updates are not those that ``load_state_dict`` writes, and at stage 3 parameters are empty.
+would do something else than what is asked for: the values that DeepSpeed updates are not those that ``load_state_dict``
+writes, and at stage 3 parameters are empty.
 """
 
 from __future__ import annotations
@@ -70,9 +70,11 @@ class _Watched(Optimizer):
 
     @override
     def zero_grad(self, set_to_none: bool = True) -> None:
-        if not self.run.is_at_work:
+        # Fabric's wrapper has methods of this class, and not those of the optimizer that it wraps.
+        if self.run.is_at_work:
+            super().zero_grad(set_to_none)
+        else:
             self.run.require_no_gradients()
-        super().zero_grad(set_to_none)
 
     @override
     def load_state_dict(self, state_dict: Any) -> None:

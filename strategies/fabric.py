@@ -399,7 +399,10 @@ class AccelZeROStrategy(AccelFabricStrategy):
             if not self._was_told:
                 self._file.leave_to_loop("the loop,", self.world_size)
                 self._was_told = True
-        return super().setup_module(module)
+        wrapped = super().setup_module(module)
+        if self._file is not None:
+            self._file.watch(wrapped.engine)
+        return wrapped
 
     @classmethod
     @override

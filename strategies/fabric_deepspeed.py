@@ -10,7 +10,7 @@ loop which was written for DeepSpeed's own counting is not taken for one of Fabr
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import AbstractContextManager, ExitStack, nullcontext
 from datetime import timedelta
 from pathlib import Path
 from typing import Any, Literal, NoReturn
@@ -29,13 +29,22 @@ from typing_extensions import override
 from lightning_accel.convert.deepspeed import OWN_KEYS, open_deepspeed
 from lightning_accel.convert.deepspeed_files import find_deepspeed
 from lightning_accel.core.agreement import synchronise
+from lightning_accel.strategies.deepspeed_division import Division, divide_tensors
 from lightning_accel.strategies.deepspeed_file import DeepSpeedFile
-from lightning_accel.strategies.deepspeed_installed import join_process_group, local_rank_known, require_deepspeed
+from lightning_accel.strategies.deepspeed_installed import (
+    divided_as_made,
+    join_process_group,
+    local_rank_known,
+    require_deepspeed,
+    require_whole,
+)
+from lightning_accel.strategies.deepspeed_pipeline import find_pipeline
 from lightning_accel.strategies.deepspeed_precision import EngineRounding
 from lightning_accel.strategies.deepspeed_run import (
     RunningEngine,
     clipped_otherwise,
     only_optimizer,
+    read_divided,
     read_same_layout,
     require_local,
     require_trainable,
@@ -93,6 +102,7 @@ class AccelDeepSpeedStrategy(DDPStrategy):
         self._file = EngineFile(config, stage)
         self.stage = self._file.stage
         self._watches: list[Watch] = []
+        self._division: Division | None = None
         self._micro_batches: int | None = None  # of a step, if the file says so
         super().__init__(
             accelerator=accelerator,
@@ -134,10 +144,40 @@ class AccelDeepSpeedStrategy(DDPStrategy):
         super().setup_environment()
         with local_rank_known(self.local_rank):
             join_process_group(self.root_device, self._process_group_backend, self._timeout)
+        if self._file.tensor_parallel_size > 1:
+            self._division = divide_tensors(self._file.tensor_parallel_size)
+            self._division.agree_on_random_numbers()
+
+    @property
+    @override
+    def distributed_sampler_kwargs(self) -> dict[str, Any]:
+        """Ranks that share a replica of the model get the same samples."""
+        return super().distributed_sampler_kwargs if self._division is None else self._division.sampler_kwargs
+
+    @property
+    def _replicas(self) -> int:
+        return self.world_size if self._division is None else self._division.replicas
+
+    @override
+    def module_init_context(self, empty_init: bool | None = None) -> AbstractContextManager[Any]:
+        """What ``fabric.init_module`` is: at stage 3 each rank makes its part of each parameter."""
+        contexts = ExitStack()
+        contexts.enter_context(super().module_init_context(empty_init))
+        if self.stage == 3 and self._division is None:
+            assert isinstance(self.precision, EngineRounding)
+            contexts.enter_context(local_rank_known(self.local_rank))
+            contexts.enter_context(divided_as_made(self.root_device, self._file.told_before(self.precision.precision)))
+        return contexts
 
     @override
     def setup_module(self, module: nn.Module) -> nn.Module:  # type: ignore[override]
-        """Set a model up that is not trained: it stays whole on each rank, with rank 0's values."""
+        """Set a model up that is not trained: it stays whole on each rank, with rank 0's values.
+
+        Raises:
+            ValueError: If it was made in parts.
+
+        """
+        require_whole(module, "fabric.setup(model) without an optimizer")
         synchronise(module)
         return module
 
@@ -156,18 +196,23 @@ class AccelDeepSpeedStrategy(DDPStrategy):
         """
         optimizer = only_optimizer(optimizers)
         require_trainable(module, optimizer)
+        if find_pipeline(module, self.stage) is not None:
+            raise ValueError(
+                "Expected a model that is no PipelineModule with Fabric, got one. Use the Trainer, whose strategy deals"
+                " samples to pipelines, or deepspeed.initialize by hand."
+            )
         assert isinstance(self.precision, EngineRounding)
         synchronise(module)
-        self._micro_batches = self._file.begin_loop(self.world_size)
+        self._micro_batches = self._file.begin_loop(self._replicas)
         told = self._file.told(
-            self.world_size,
+            self._replicas,
             module,
             self.precision.precision,
             accumulation=self._micro_batches or 1,
             clipping=self._file.clipping,
         )
         with local_rank_known(self.local_rank):
-            run = RunningEngine(module, module, optimizer, told, self.root_device)
+            run = RunningEngine(module, module, optimizer, told, self.root_device, self._division)
         assert run.optimizer is optimizer
         self._watches.append(Watch(run, is_divided=self.stage == 3, rounded=self.precision.rounded))
         return run.engine, [optimizer], scheduler
@@ -270,7 +315,9 @@ class AccelDeepSpeedStrategy(DDPStrategy):
     def all_reduce(
         self, tensor: Tensor | Any, group: Any | None = None, reduce_op: ReduceOp | str | None = "mean"
     ) -> Tensor | Any:
-        """Reduce a tensor over ranks; the mean of integers is a fraction."""
+        """Reduce a tensor over ranks, one of each replica of a divided model; the mean of integers is a fraction."""
+        if group is None and self._division is not None:
+            group = self._division.across
         return super().all_reduce(fractional(tensor, reduce_op), group, reduce_op)
 
     # ------------------------------------------------------------- checkpoints
@@ -361,8 +408,12 @@ class AccelDeepSpeedStrategy(DDPStrategy):
                 " start from its weights, load them into the model before fabric.setup; to continue from it, use"
                 " strategy='accel_zero2'."
             )
-        files = read_same_layout(folder, self.stage, self.world_size, weights_only=weights_only is not False)
-        loaded = in_memory({key: value for key, value in files.model.items() if key not in OWN_KEYS})
+        safely = weights_only is not False
+        if self._division is None:
+            files = read_same_layout(folder, self.stage, self.world_size, weights_only=safely)
+            loaded = in_memory({key: value for key, value in files.model.items() if key not in OWN_KEYS})
+        else:
+            loaded = read_divided(folder, self.stage, self._division, weights_only=safely)
         others = {key: value for key, value in named.items() if not _is_of(run, value)}
         _validate_keys_for_strict_loading(others, loaded, strict)
         run.load(folder, strict=strict)

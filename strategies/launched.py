@@ -1,4 +1,10 @@
-"""What strategies have in common whoever's engine trains: how their ranks start, and what they are called."""
+"""What strategies have in common whoever's engine trains: how their ranks start, and what they are called.
+
+[Note: wrappers of an optimizer]
+Lightning wraps each optimizer in an object of a class that derives from the optimizer's, and makes new ones whenever
+the list is set. One that is dropped must not do what the optimizer does at its own end: DeepSpeedCPUAdam frees what its
+kernel keeps then, and the next step would crash the process.
+"""
 
 from __future__ import annotations
 
@@ -12,9 +18,11 @@ from lightning.fabric.plugins import CheckpointIO, ClusterEnvironment
 from lightning.fabric.plugins.collectives.torch_collective import default_pg_timeout
 from lightning.fabric.strategies import _StrategyRegistry
 from lightning.fabric.utilities.types import ReduceOp
+from lightning.pytorch.core.optimizer import LightningOptimizer
 from lightning.pytorch.plugins.precision import Precision
 from lightning.pytorch.strategies import DDPStrategy
 from torch import Tensor
+from torch.optim import Optimizer
 from typing_extensions import override
 
 from lightning_accel.strategies.options import reject_unknown
@@ -82,12 +90,29 @@ class AccelLaunchedStrategy(DDPStrategy):
         """Lightning injects samplers and reduces metrics by this."""
         return True
 
+    @property
+    @override
+    def optimizers(self) -> list[Optimizer]:
+        """The optimizers. See [Note: wrappers of an optimizer]."""
+        return self._optimizers
+
+    @optimizers.setter
+    def optimizers(self, optimizers: list[Optimizer]) -> None:
+        self._optimizers = optimizers
+        self._lightning_optimizers = [LightningOptimizer._to_lightning_optimizer(one, self) for one in optimizers]
+        for wrapper in self._lightning_optimizers:
+            if hasattr(type(wrapper), "__del__"):
+                type(wrapper).__del__ = _do_nothing  # type: ignore[attr-defined]
+
     @override
     def reduce(
         self, tensor: Tensor | Any, group: Any | None = None, reduce_op: ReduceOp | str | None = "mean"
     ) -> Tensor | Any:
         """Reduce a tensor over ranks; the mean of integers is a fraction."""
         return super().reduce(fractional(tensor, reduce_op), group, reduce_op)
+
+
+def _do_nothing(_: object) -> None: ...
 
 
 def require_start_method(start_method: str) -> None:

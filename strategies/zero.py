@@ -9,7 +9,6 @@ from typing import Any
 import lightning.pytorch as pl
 from lightning.pytorch.plugins.precision import Precision
 from lightning.pytorch.trainer.states import TrainerFn
-from lightning.pytorch.utilities.rank_zero import rank_zero_info
 from torch.optim import Optimizer
 from typing_extensions import override
 
@@ -71,6 +70,9 @@ class AccelZeROStrategy(AccelStrategy):
             if trainer.state.fn == TrainerFn.FITTING:
                 self._file.steer(trainer, self.world_size)
         super().setup(trainer)
+        if self._file is not None and trainer.state.fn == TrainerFn.FITTING:
+            assert self.engine is not None
+            self._file.watch(self.engine)
 
     @override
     def setup_optimizers(self, trainer: pl.Trainer) -> None:
@@ -99,9 +101,9 @@ class AccelZeROStrategy(AccelStrategy):
     @override
     def on_train_end(self) -> None:
         super().on_train_end()
-        if self._file is not None and self._file.shows_report:
+        if self._file is not None:
             assert self.engine is not None
-            rank_zero_info(str(self.engine.report()))
+            self._file.end(self.engine)
 
     @classmethod
     @override

@@ -213,16 +213,21 @@ _SHOWN = "the engine's report (bytes at rest, the last step's messages) is shown
 _honoured("memory_breakdown", _SHOWN, FLAG, False)
 _honoured("comms_logger.enabled", _SHOWN, FLAG, False)
 _no_consequence("all operations are counted, on every rank", "comms_logger", "verbose prof_all prof_ops debug")
-_TIMES = (
-    "the engine's report has bytes and messages, no times and FLOPs: Trainer(profiler=...) or Accelerator.profile()"
+_honoured(
+    "wall_clock_breakdown",
+    "that report has the times of forward, backward, update and waiting, too, of this rank and the slowest",
+    FLAG,
+    False,
 )
-_not_offered(_TIMES, "", "wall_clock_breakdown", FLAG)
-_not_offered(
-    _TIMES,
-    "flops_profiler",
-    "enabled recompute_fwd_factor profile_step module_depth top_modules detailed output_file",
-)
-_honoured("steps_per_print", "steps between such reports; without one of the two it does nothing", INTERVAL)
+_F = "flops_profiler"
+_honoured(f"{_F}.enabled", "operations are counted as they run, by module, and the next step is timed", FLAG, False)
+_honoured(f"{_F}.profile_step", "how many steps of this run come before the one that is counted", whole(0), 1)
+_honoured(f"{_F}.module_depth", "of the innermost modules that are listed; -1: of all", whole(-1), -1)
+_honoured(f"{_F}.top_modules", "how many modules of each depth are named as the largest", whole(1), 1)
+_honoured(f"{_F}.detailed", "whether modules are listed one by one", FLAG, True)
+_honoured(f"{_F}.output_file", "where rank 0 writes it, instead of to the screen", TEXT)
+_no_consequence("what is computed again is counted as it runs", _F, "recompute_fwd_factor", number())
+_honoured("steps_per_print", "steps between such reports; without one of the three it does nothing", INTERVAL)
 _no_consequence("the progress bar and loggers tell", "", "dump_state log_level")
 _no_consequence("Lightning's progress bar tells", "timers", "throughput")
 for _section in ("tensorboard", "wandb", "csv_monitor", "comet"):

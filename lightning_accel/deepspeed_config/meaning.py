@@ -43,7 +43,10 @@ class Meaning:
             ValueError: If something that must be known when a strategy is made is ``"auto"``.
 
         """
-        needed = (f"{_Z}.offload_", f"{_Z}.zero_hpz", f"{_Z}.mics", "communication_data_type", "activation_checkpoint")
+        needed = (
+            *(f"{_Z}.offload_", f"{_Z}.zero_hpz", f"{_Z}.mics", "communication_data_type", "activation_checkpoint"),
+            *("wall_clock_breakdown", "flops_profiler."),
+        )
         unknown = [name for name in config.automatic if name.startswith(needed)]
         if unknown:
             raise ValueError(

@@ -165,7 +165,7 @@ def test_everything_else_is_in_one_message() -> None:
     found = {
         "train_batch_size": 8,
         "dump_state": True,
-        "wall_clock_breakdown": False,
+        "flops_profiler": {"enabled": False, "recompute_fwd_factor": 1.0},
         "tensorboard": {"enabled": False},
         "zero_optimization": {"stage": 2, "overlap_comm": True, "contiguous_gradients": True},
         "optimizer": {"type": "Adam", "params": {"lr": 1e-3, "torch_adam": True, "fused": True}},
@@ -173,7 +173,7 @@ def test_everything_else_is_in_one_message() -> None:
     }
     told = read(found).describe_left_out()
     assert told is not None
-    named = ["dump_state", "wall_clock_breakdown", "tensorboard", "optimizer.params.fused"]
+    named = ["dump_state", "flops_profiler.recompute_fwd_factor", "tensorboard", "optimizer.params.fused"]
     for name in (*named, "zero_optimization.overlap_comm", "zero_optimization.contiguous_gradients"):
         assert name in told
     for name in ("train_batch_size", "stage", "lr", "torch_adam", "data_types"):

@@ -58,8 +58,8 @@ def trainer(strategy: Any, **arguments: Any) -> pl.Trainer:
         "accumulate_grad_batches": ACCUMULATE,
         "gradient_clip_val": CLIPPING,
     }
-    devices = 1 if strategy == "auto" else 2
-    return pl.Trainer(accelerator="cpu", strategy=strategy, devices=devices, **{**quiet, **arguments})
+    quiet["devices"] = 1 if strategy == "auto" else 2
+    return pl.Trainer(accelerator="cpu", strategy=strategy, **{**quiet, **arguments})
 
 
 def fitted(module: Float32, strategy: Any, **arguments: Any) -> dict[str, Any]:

@@ -75,7 +75,8 @@ def test_files_and_stages(tmp_path: Path, kind: type[Any]) -> None:
         ({"stage": 4}, "from 0 to 3, got 4"),
         ({"stage": 1, "config": {"zero_optimization": {"stage": 2}}}, "got stage=1 and zero_optimization.stage 2"),
         ({"config": {"gradient_cliping": 1}}, "did you mean 'gradient_clipping'"),
-        ({"config": {"tensor_parallel": {"autotp_size": 2}}}, "data parallelism"),
+        ({"config": {"expert_parallel": {"autoep_size": 2}}}, "tensor or pipeline parallelism in config, got expert_p"),
+        ({"config": {"sequence_parallel_size": 2}}, "got sequence_parallel_size"),
         ({"config": {"zero_optimization": {"stage": 1, "overlap_comm": True}}}, "overlap_comm to be false at stage 1"),
         ({"start_method": "thread"}, "'popen', 'spawn' or 'fork'"),
     ]
@@ -84,6 +85,36 @@ def test_files_and_stages(tmp_path: Path, kind: type[Any]) -> None:
             kind(**arguments)
     with pytest.raises(TypeError, match="'stages' is unknown. Did you mean 'stage'.*process_group_backend"):
         kind(stages=2)
+
+
+def test_sizes_of_parallelism() -> None:
+    assert EngineFile({"tensor_parallel": {"autotp_size": 2}}, None).tensor_parallel_size == 2
+    for silent in ({}, {"tensor_parallel": {}}, {"tensor_parallel": {"autotp_size": 0}}, {"pipeline": {}}):
+        assert EngineFile(silent, None).tensor_parallel_size == 1
+
+
+def steered(config: dict[str, Any], replicas: int, **arguments: Any) -> tuple[int, EngineFile, float | None]:
+    used = pl.Trainer(accelerator="cpu", devices=1, logger=False, enable_checkpointing=False, **arguments)
+    used.strategy.connect(Regression())
+    file = EngineFile(config, 1)
+    return file.steer_pipeline(used, replicas), file, used.gradient_clip_val
+
+
+def test_a_pipeline_counts_micro_batches() -> None:
+    micro_batches, file, clipping = steered(
+        {"gradient_accumulation_steps": 4, "gradient_clipping": 0.5, "zero_optimization": {"stage": 1}}, 2
+    )
+    assert (micro_batches, clipping) == (4, 0.5)
+    file.require_pipeline_batches(8, 4, 2)
+    with pytest.raises(ValueError, match="that are 4 micro-batches, as config says, got .* batch_size=10"):
+        file.require_pipeline_batches(10, 4, 2)
+    sizes = {"train_batch_size": 16, "train_micro_batch_size_per_gpu": 2, "zero_optimization": {"stage": 1}}
+    micro_batches, file, clipping = steered(sizes, 2, gradient_clip_val=0.5)
+    assert (micro_batches, clipping) == (4, 0.5)
+    with pytest.raises(ValueError, match="4 micro-batches of 2 samples"):
+        file.require_pipeline_batches(4, 4, 2)
+    with pytest.raises(ValueError, match="accumulate_grad_batches=1 with a PipelineModule, got 2"):
+        steered(sizes, 2, accumulate_grad_batches=2)
 
 
 @pytest.mark.usefixtures("installed")

@@ -359,16 +359,17 @@ def test_what_is_left_out_is_one_warning() -> None:
         ({"comms_logger": {"enabled": True}, "steps_per_print": 2}, 2),
         ({"memory_breakdown": True, "steps_per_print": float("inf")}, 0),
         ({"memory_breakdown": True}, 0),
+        ({"wall_clock_breakdown": True, "steps_per_print": 1}, 5),
         ({"steps_per_print": 2}, 0),
     ],
 )
 def test_reports_come_at_the_files_interval(asked: dict[str, Any], shown: int, monkeypatch: pytest.MonkeyPatch) -> None:
     class Reported:
-        def report(self) -> str:
-            return "report"
+        def report(self, *, all_ranks: bool) -> str:
+            return "report" * all_ranks
 
     found: list[str] = []
-    monkeypatch.setattr("lightning_accel.strategies.deepspeed_file.rank_zero_info", found.append)
+    monkeypatch.setattr("lightning_accel.strategies.deepspeed_reports.rank_zero_info", found.append)
     read = FromFile(asked, None, {})
     for _ in range(5):
         read.note_step(Reported())  # type: ignore[arg-type]
