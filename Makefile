@@ -10,8 +10,8 @@ BENCH ?= -m benchmarks --quick
 BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
 INSTALLED_XLA := $(VENV_XLA)/.installed
-# In two processes: one with all tests has crashed after 136 of them, in the unwinder of C++ exceptions.
-XLA = PJRT_DEVICE=CPU CPU_NUM_DEVICES=4 $(VENV_XLA)/bin/python -m pytest -m xla
+# A process for each file: one with all tests has crashed after 136 of them, in the unwinder of C++ exceptions.
+XLA_TESTS := $(wildcard tests/core/xla/test_*.py tests/strategies/xla/test_*.py) tests/benchmarks/test_benchmark_xla.py
 # mypy knows nothing of package-dir: this link gives it strategies/ under the name it is imported by.
 MYPY_LINK := .mypy_path/lightning_accel/strategies
 
@@ -40,8 +40,9 @@ matrix: $(INSTALLED) ## run the slow matrices of settings
 	$(BIN)/python -m pytest -m matrix --durations=25
 
 test-xla: $(INSTALLED_XLA) ## run the XLA tests on four virtual CPU devices, in an environment of their own (7 GB)
-	$(XLA) tests/core/xla
-	$(XLA) tests/strategies/xla tests/benchmarks/test_benchmark_xla.py
+	@export PJRT_DEVICE=CPU CPU_NUM_DEVICES=4; for file in $(XLA_TESTS); do \
+		$(VENV_XLA)/bin/python -m pytest -m xla $$file || exit; \
+	done
 
 $(INSTALLED_XLA): requirements-xla.txt pyproject.toml
 	@echo "Installing requirements-xla.txt into $(VENV_XLA): 7 GB, as torch 2.9 comes with CUDA; some minutes."

@@ -123,4 +123,9 @@ def test_settings():
 
 @pytest.mark.parametrize("path", re.findall(r"\]\(((?:examples|docs|tests|benchmarks)/[^)]*)\)", README))
 def test_links_lead_somewhere(path):
-    assert (Path(__file__).parent.parent / path).exists()
+    path, _, heading = path.partition("#")
+    target = Path(__file__).parent.parent / path
+    assert target.exists()
+    if heading:
+        headings = re.findall(r"^#+ (.*)$", target.read_text(encoding="utf-8"), re.MULTILINE)
+        assert heading in [re.sub(r"[^\w -]", "", title).lower().replace(" ", "-") for title in headings]

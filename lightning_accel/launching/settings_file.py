@@ -55,6 +55,8 @@ def read(path: str | Path | None = None) -> Found:
     chosen = default_path() if path is None else Path(path)
     if path is None and not chosen.exists():
         return Found(LaunchSettings(), None)
+    if chosen.is_dir():
+        raise IsADirectoryError(f"Expected a YAML file with settings, got {str(chosen)!r}, which is a folder.")
     try:
         found = yaml.safe_load(chosen.read_text(encoding="utf-8"))
     except (yaml.YAMLError, UnicodeDecodeError) as error:

@@ -51,6 +51,11 @@ def test_without_a_file(home: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: P
     assert default_path() == tmp_path / ".config/lightning_accel/default.yaml"
 
 
+def test_a_folder_is_no_file(tmp_path: Path) -> None:
+    with pytest.raises(IsADirectoryError, match=r"Expected a YAML file with settings, got '.*', which is a folder"):
+        read(tmp_path)
+
+
 def test_a_write_that_fails_changes_nothing(home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     write(ALL)
 
