@@ -11,7 +11,7 @@ BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
 INSTALLED_XLA := $(VENV_XLA)/.installed
 # A process for each file: one with all tests has crashed after 136 of them, in the unwinder of C++ exceptions.
-XLA_TESTS := $(wildcard tests/core/xla/test_*.py tests/strategies/xla/test_*.py) tests/benchmarks/test_benchmark_xla.py
+XLA_TESTS := $(shell grep -lE "mark\.xla" tests/core/xla/test_*.py tests/strategies/xla/test_*.py tests/benchmarks/test_benchmark_xla.py)
 # mypy knows nothing of package-dir: this link gives it strategies/ under the name it is imported by.
 MYPY_LINK := .mypy_path/lightning_accel/strategies
 
