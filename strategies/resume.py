@@ -105,8 +105,8 @@ class Continuation:
         self._seeds: dict[int, int] = {}
         self._had_workers: list[bool] = []
         self.knows_order = False
-        """Whether the fit goes on with samples that ranks have shared by distributed samplers, in an order that only
-        such samplers can go on with."""
+        """Whether the fit goes on within an epoch whose samples ranks have shared by distributed samplers, in an order
+        that only such samplers can go on with."""
         self._watched: list[weakref.ref[Any]] = []
         self._filter: Any = None
 
@@ -208,7 +208,7 @@ class Continuation:
             return
         self._plan = plan = Plan.read(checkpoint, self._strategy.global_rank, self._strategy.world_size)
         self._seeds, self._had_workers = plan.seeds, plan.had_workers
-        self.knows_order = any(saved.get("order") for saved in plan.train)
+        self.knows_order = not plan.position.begins and any(saved.get("order") for saved in plan.train)
         if plan.had is not None:
             loops["state_dict"].pop("combined_loader", None)  # rank 0's; each rank has its own
         plan.position.write(loops)
