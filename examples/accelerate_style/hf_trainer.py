@@ -77,6 +77,7 @@ def main() -> None:
     found = trainer.evaluate()
     if trainer.is_world_process_zero():
         print(f"accuracy {found['eval_accuracy']:.4f} on {trainer.args.world_size} ranks")
+    trainer.accelerator.end_training()  # leaves torch's process group: a rank that ends within it may crash
 
 
 if __name__ == "__main__":
