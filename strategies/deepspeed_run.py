@@ -9,11 +9,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from lightning.fabric.utilities.rank_zero import rank_zero_warn
 from torch import Tensor, nn
 from torch.optim import LBFGS, Adagrad, Optimizer
 
 from lightning_accel.convert.deepspeed import OWN_KEYS
-from lightning_accel.convert.deepspeed_files import DeepSpeedFiles, read_deepspeed
+from lightning_accel.convert.deepspeed_files import DeepSpeedFiles, read_deepspeed, require_not_swapped
 from lightning_accel.convert.trusted import load_file
 from lightning_accel.core.checkpoint.folder import Folder
 from lightning_accel.strategies.deepspeed_division import Division
@@ -85,6 +86,11 @@ class RunningEngine:
             raise ValueError(
                 f"Expected tensor_parallel.autotp_size={self.engine.autotp_size()} in the DeepSpeed file, which deals"
                 " samples to ranks, got it from deepspeed.tp_model_init. Leave the call out."
+            )
+        if self.engine.zero_nvme_offload_optimizer():
+            rank_zero_warn(
+                "Checkpoints of this run cannot be continued from: with offload_optimizer.device: nvme, DeepSpeed's"
+                " lack the optimizer's step and the state of small parameters. With cpu they have them."
             )
         _step_what_schedules_know(self.engine)
         self._drop = self.optimizer.zero_grad
@@ -326,6 +332,7 @@ def read_divided(folder: Path, stage: int, division: Division, *, weights_only: 
         raise ValueError(
             f"Expected {folder} to have a file *mp_rank_00_model_states.pt, as DeepSpeed writes, got none."
         )
+    require_not_swapped(folder)
     found = load_file(first, weights_only=weights_only)
     _require_same(folder, found, stage, division.replicas, division.parts)
     return {key: value for key, value in in_memory(found).items() if key not in OWN_KEYS}

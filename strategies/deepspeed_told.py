@@ -6,6 +6,11 @@ Lightning divides each loss by ``accumulate_grad_batches`` and says when to step
 to the limit that the file or the Trainer gives. The Trainer and the file must agree, or one of them be silent. If both
 are, nothing is clipped. A loop with Fabric does what the Trainer does; how many micro-batches it steps after is held
 against the file.
+
+[Note: groups of one]
+With NVMe offload DeepSpeed 0.19.8 reads gradients from files into the place that a parameter has in its sub-group, and
+what is read to a place that is not aligned for direct I/O comes out wrong: half of a matrix after five small parameters
+moved the wrong way. Nothing says so. Where each parameter is a sub-group of its own, that place is the beginning.
 """
 
 from __future__ import annotations
@@ -22,6 +27,7 @@ from lightning.fabric.plugins.precision import Precision as FabricPrecision
 from lightning.pytorch.accelerators import CPUAccelerator
 from lightning.pytorch.core.optimizer import _MockOptimizer
 from lightning.pytorch.plugins.precision import HalfPrecision, MixedPrecision, Precision
+from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 from lightning.pytorch.utilities.types import LRSchedulerConfig
 from torch import nn
 from torch.optim import Optimizer
@@ -265,13 +271,36 @@ class EngineFile(FromFile):
             "managed_gradient_accumulation": False,
         }
         found.setdefault("zero_allow_untested_optimizer", True)
+        self._group_what_is_in_files(found.get(_Z) or {})
         return found
 
+    def _group_what_is_in_files(self, zero: dict[str, Any]) -> None:
+        """See [Note: groups of one]."""
+        if (zero.get("offload_optimizer") or {}).get("device") != "nvme":
+            return
+        if zero.get("sub_group_size", 1) != 1:
+            rank_zero_warn(
+                f"{self.config.where}: sub_group_size={zero['sub_group_size']} is taken for 1. With"
+                " offload_optimizer.device: nvme, DeepSpeed reads gradients of larger groups wrongly."
+            )
+        zero["sub_group_size"] = 1
+
     def _said(self, precision: str) -> dict[str, Any]:
-        """The file, without an optimizer, a schedule and what is ``"auto"``, with the precision."""
+        """The file, without an optimizer, a schedule and what is ``"auto"``, with the precision.
+
+        Raises:
+            ValueError: If parameters in files would be rounded.
+
+        """
         found = _nested({name: value for name, value in self.config.values.items() if value != AUTO})
         for part in ("optimizer", "scheduler"):
             found.pop(part, None)
+        offloaded = (found.get(_Z) or {}).get("offload_param") or {}
+        if offloaded.get("device") == "nvme" and PRECISIONS[precision] is torch.float32:
+            raise ValueError(
+                f"Expected offload_param.device: cpu in {self.config.where} with precision='{precision}', got nvme:"
+                " DeepSpeed rounds what it keeps there to 16 bits. Or train with precision='bf16-mixed'."
+            )
         section = {torch.float16: "fp16", torch.bfloat16: "bf16"}.get(PRECISIONS[precision])
         if section is not None and Computing.of(self.config) is None:
             found[section] = {**found.get(section, {}), "enabled": True}

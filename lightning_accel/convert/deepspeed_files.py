@@ -25,6 +25,8 @@ _OPTIMIZER_FILE = re.compile(r"(?:bf16_|fp16_)?zero_pp_rank_(\d+)_mp_rank_(\d+)_
 _PIPELINE_FILE = re.compile(r"layer_.*model_states\.pt")
 _UNIVERSAL_FOLDER = "zero"
 _UNIVERSAL_SHARED = "optimizer_state.pt"
+_SWAPPED_FOLDER = "offloaded_tensors"
+"""Copies of the files in which NVMe offload keeps the optimizer's state, each of a rank's own number and order."""
 
 
 @dataclass
@@ -86,9 +88,11 @@ def read_deepspeed(folder: Path, *, weights_only: bool = True) -> DeepSpeedFiles
         weights_only: See ``load_file``.
 
     Raises:
-        ValueError: If files are missing, cannot be read, or are of a model that was divided otherwise than by ZeRO.
+        ValueError: If files are missing, cannot be read, are of a model that was divided otherwise than by ZeRO, or of
+            an optimizer whose state was in files.
 
     """
+    require_not_swapped(folder)
     names = sorted(entry.name for entry in folder.iterdir())
     if layers := [name for name in names if _PIPELINE_FILE.fullmatch(name)]:
         raise _other_parallelism(folder, layers[0])
@@ -119,6 +123,25 @@ def read_deepspeed(folder: Path, *, weights_only: bool = True) -> DeepSpeedFiles
                     file.stem: load_file(file, weights_only=weights_only) for file in sorted(entry.glob("*.pt"))
                 }
     return DeepSpeedFiles(folder, is_stage_3, models, optimizers, universal, shared)
+
+
+def require_not_swapped(folder: Path) -> None:
+    """Refuse a checkpoint of NVMe offload.
+
+    DeepSpeed 0.19.8 copies the optimizer's files back, but neither its step and its groups, nor the state of what is
+    too small for files: Adam would begin anew, and nothing would say so.
+
+    Raises:
+        ValueError: If it is one.
+
+    """
+    if (folder / _SWAPPED_FOLDER).is_dir():
+        raise ValueError(
+            f"Expected {folder} to hold the optimizer's state, got it in the files of NVMe offload"
+            f" ({_SWAPPED_FOLDER}/): those lack the optimizer's step and the state of small parameters, so not even"
+            " DeepSpeed can go on from them. Train with offload_optimizer.device: cpu to have checkpoints that can be"
+            " continued from."
+        )
 
 
 def _by_rank(folder: Path, names: list[str], pattern: re.Pattern[str]) -> list[str]:

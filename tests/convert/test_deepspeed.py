@@ -184,6 +184,7 @@ def test_what_deepspeed_keeps_in_its_own_way_is_reported(
         ("missing model rank", r"as many \*_model_states.pt as \*_optim_states.pt files, got 2 and 3"),
         ("tensor parallel", "mp_rank_01_model_states.pt is a file of tensor, pipeline or expert parallelism"),
         ("pipeline parallel", "layer_00-model_states.pt is a file of tensor, pipeline or expert parallelism"),
+        ("in files", "got it in the files of NVMe offload .*offload_optimizer.device: cpu"),
         ("mixed", "to have 81 elements over all ranks, as its shapes say"),
         ("no shapes", "something in it is missing or of another kind: KeyError"),
         ("no optimizer", "to hold the state of a ZeRO optimizer"),
@@ -225,6 +226,8 @@ def test_bad_input_is_explained(
         torch.save({}, folder / "mp_rank_01_model_states.pt")
     elif damage == "pipeline parallel":
         torch.save({}, folder / "layer_00-model_states.pt")
+    elif damage == "in files":
+        (folder / "offloaded_tensors").mkdir()
     elif damage == "no shapes":
         change(models[0], lambda state: state.pop("param_shapes"))
     elif damage == "no engine":

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import lightning.pytorch as pl
+import pytest
 import torch
 from deepspeed_jobs import BATCHES, CLIPPING, Float32, data, fitted, import_quietly, trainer
 from models import FEATURES, OUTPUTS
@@ -114,11 +116,11 @@ class Wide(Float32):
 
 
 def in_files(folder: str, *, parameters: bool) -> dict[str, Any]:
-    """Losses under the Trainer, those of a run that goes on from its checkpoint, and DeepSpeed's by itself.
+    """Losses and values under the Trainer, those of DeepSpeed by itself in host memory, and what is said of files.
 
     Args:
-        folder: For the files, and for a checkpoint after the first epoch.
-        parameters: Also those rest in files.
+        folder: For the files, and for a checkpoint.
+        parameters: Also those rest in files, which they do in bfloat16.
 
     """
     import_quietly()
@@ -130,26 +132,40 @@ def in_files(folder: str, *, parameters: bool) -> dict[str, Any]:
         return {"offload_optimizer": place, **offloaded}
 
     keeper = pl.callbacks.ModelCheckpoint(folder, "{step}", every_n_epochs=1, save_top_k=-1)
+    precision = "bf16-mixed" if parameters else "32-true"
     settings: dict[str, Any] = {**LESS, "accumulate_grad_batches": 1, "enable_checkpointing": True}
-    whole, resumed, noting = Wide(), Wide(), Files(Path(folder))
-    fit = trainer(strategy(3, adam, **zero("whole")), callbacks=[noting, keeper], **settings)
-    fit.fit(whole, data())
-    fit = trainer(strategy(3, adam, **zero("resumed")), **settings)
-    fit.fit(resumed, data(), ckpt_path=f"{folder}/step={BATCHES}.ckpt")
+    settings["precision"] = precision
+    module, noting = Wide(), Files(Path(folder))
+    fit = trainer(strategy(3, adam, **zero("ours")), callbacks=[noting, keeper], **settings)
+    with warnings.catch_warnings(record=True) as warned:
+        warnings.simplefilter("always")
+        fit.fit(module, data())
+    with pytest.raises(ValueError) as refused:  # noqa: PT011 - its text is told
+        trainer(strategy(3, adam, **zero("again")), **settings).fit(
+            Wide(), data(), ckpt_path=f"{folder}/step={BATCHES}.ckpt"
+        )
+    in_memory = {"offload_optimizer": {"device": "cpu"}, "offload_param": {"device": "cpu"}}
+    losses, values = bare(module.batches, {"stage": 3, **in_memory}, adam, bf16=parameters)
+    theirs = torch.cat([value.double().flatten() for value in values.values()])
+    ours = torch.cat([p.detach().to(values[name].dtype).double().flatten() for name, p in module.named_parameters()])
     return {
-        "losses": whole.losses,
-        "resumed": resumed.losses,
+        "losses": module.losses,
+        "bare": losses,
+        "difference": float((ours - theirs).norm() / theirs.norm()),
         "files": noting.found,
-        "bare": bare(whole.batches, {"stage": 3, **zero("bare")}, adam),
+        "warned": [str(warning.message) for warning in warned],
+        "refused": str(refused.value),
     }
 
 
-def bare(batches: list[Any], zero: dict[str, Any], optimizer: dict[str, Any]) -> list[float]:
-    """Losses of DeepSpeed's engine in a loop of one's own."""
+def bare(
+    batches: list[Any], zero: dict[str, Any], optimizer: dict[str, Any], *, bf16: bool
+) -> tuple[list[float], dict[str, Tensor]]:
+    """Losses of DeepSpeed's engine in a loop of one's own, and its parameters after that."""
     import deepspeed
 
     module, losses = Wide(), []
-    told = {"zero_optimization": zero, "optimizer": optimizer, "gradient_clipping": CLIPPING}
+    told = {"zero_optimization": zero, "optimizer": optimizer, "gradient_clipping": CLIPPING, "bf16": {"enabled": bf16}}
     sizes = {"train_micro_batch_size_per_gpu": len(batches[0][1]), "gradient_accumulation_steps": 1}
     engine, *_ = deepspeed.initialize(
         model=module, model_parameters=list(module.parameters()), config={**told, **sizes}, dist_init_required=False
@@ -159,7 +175,8 @@ def bare(batches: list[Any], zero: dict[str, Any], optimizer: dict[str, Any]) ->
         engine.backward(loss)
         engine.step()
         losses.append(loss.item())
-    return losses
+    with deepspeed.zero.GatheredParameters(list(module.parameters())):
+        return losses, {name: parameter.detach().clone() for name, parameter in module.named_parameters()}
 
 
 class Files(pl.Callback):

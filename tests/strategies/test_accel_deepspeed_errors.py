@@ -238,6 +238,20 @@ def test_what_deepspeed_is_told() -> None:
     assert "optimizer" not in found
 
 
+def test_files_are_used_where_deepspeed_gets_them_right(recwarn: pytest.WarningsRecorder) -> None:
+    in_files = {"device": "nvme", "nvme_path": "/x"}
+    zero: dict[str, Any] = {"stage": 3, "offload_optimizer": in_files}
+    assert told({"zero_optimization": zero})["zero_optimization"] == {**zero, "sub_group_size": 1}
+    assert not [warning for warning in recwarn if "sub_group_size" in str(warning.message)]
+    with pytest.warns(UserWarning, match="sub_group_size=1000 is taken for 1"):
+        found = told({"zero_optimization": {**zero, "sub_group_size": 1000}})
+    assert found["zero_optimization"]["sub_group_size"] == 1
+    memory = {"stage": 3, "sub_group_size": 1000, "offload_optimizer": {"device": "cpu"}}
+    assert told({"zero_optimization": memory})["zero_optimization"] == memory
+    with pytest.raises(ValueError, match=r"Expected offload_param.device: cpu .*'32-true', got nvme"):
+        told({"zero_optimization": {"stage": 3, "offload_param": in_files}})
+
+
 def test_the_file_and_the_trainer_must_agree() -> None:
     assert told({"gradient_clipping": 0.5}, gradient_clip_val=0.5)["gradient_clipping"] == 0.5
     assert told({"gradient_accumulation_steps": 3})["gradient_accumulation_steps"] == 3
